@@ -1,0 +1,36 @@
+"""Prefix-tuning for every Hugging Face causal and sequence-to-sequence model, as a plugin to PEFT.
+
+Importing the package registers the method with PEFT and changes nothing else.
+"""
+
+from hf_prefix.config import PrefixConfig
+from hf_prefix.errors import (
+    DataError,
+    PrefixError,
+    PrefixMismatchError,
+    PrefixNotLoadedError,
+    TrainingError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
+from hf_prefix.model import PrefixModel
+from hf_prefix.operations import fold_prefix, initialize_from_cache
+from hf_prefix.registration import register_with_peft
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DataError",
+    "PrefixConfig",
+    "PrefixError",
+    "PrefixMismatchError",
+    "PrefixModel",
+    "PrefixNotLoadedError",
+    "TrainingError",
+    "UnsupportedCallError",
+    "UnsupportedModelError",
+    "fold_prefix",
+    "initialize_from_cache",
+]
+
+register_with_peft()

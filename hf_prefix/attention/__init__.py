@@ -1,0 +1,1 @@
+"""Where a prefix acts: attention modules, their caches, masks and positions."""

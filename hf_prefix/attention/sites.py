@@ -1,0 +1,316 @@
+"""The one place that knows architectures: which modules are attention, of what role and shape, with what arguments.
+
+Nothing here is a list of models. An attention module is a module whose forward takes a cache while no module
+inside it does; what it does with the cache is found out by running one token through the model.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from hf_prefix.attention.cache import CacheView, replace_cache
+from hf_prefix.config import Role
+from hf_prefix.errors import UnsupportedModelError
+
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+MASK_ARGUMENTS = ("attention_mask", "mask")
+# GPT-2 style attention serves both roles and reads its cross-attention mask from an argument of its own.
+CROSS_MASK_ARGUMENTS = ("encoder_attention_mask", *MASK_ARGUMENTS)
+ENCODER_STATES_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
+BIAS_ARGUMENT = "position_bias"
+POSITIONS_ARGUMENT = "position_ids"
+PAST_LENGTH_ARGUMENT = "past_key_values_length"
+STACK_INPUT_ARGUMENTS = ("input_ids", "inputs_embeds")
+
+
+def text_config(stack: nn.Module) -> PreTrainedConfig:
+    """Return the configuration of the text model that an encoder or decoder belongs to."""
+    return cast(PreTrainedModel, stack).config.get_text_config()
+
+
+def forward_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's forward parameters, in order.
+
+    Read from the class, since libraries that offload weights wrap `forward` on the instance.
+    """
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward call by name, however they were passed."""
+    return dict(zip(forward_parameters(module), args, strict=False)) | kwargs
+
+
+def first_present(names: tuple[str, ...], among: list[str]) -> str | None:
+    """Return the first of `names` that occurs in `among`."""
+    return next((name for name in names if name in among), None)
+
+
+class RelativeBias(Protocol):
+    """An attention module that learns relative positions, as T5 names its method."""
+
+    def compute_bias(self, query_length: int, key_length: int, *, past_seen_tokens: int | Tensor) -> Tensor:
+        """Return [1, heads, query, key] for queries that start at `past_seen_tokens`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
+    """An attention module that can carry a prefix.
+
+    Args:
+        name: The module's name in the model.
+        module: The module.
+        role: What it attends to.
+        heads: Number of key/value heads.
+        key_size: Size of a key head.
+        value_size: Size of a value head.
+        stack: The encoder or decoder that the module belongs to.
+        bias_owner: The module whose learned relative positions this one uses (T5), or None.
+    """
+
+    name: str
+    module: nn.Module
+    role: Role
+    heads: int
+    key_size: int
+    value_size: int
+    stack: nn.Module
+    bias_owner: RelativeBias | None
+
+    @property
+    def model_size(self) -> int:
+        """Hidden size of the stack."""
+        return int(text_config(self.stack).hidden_size)
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedStates:
+    """What one attention module did in a recorded forward pass.
+
+    Args:
+        key: Keys as attention used them, rotated where the model rotates [batch, kv_heads, length, key_size].
+        value: Values [batch, kv_heads, length, value_size].
+        cross_attention: Whether the module attended to an encoder's output.
+    """
+
+    key: Tensor
+    value: Tensor
+    cross_attention: bool
+
+
+class _Recorder:
+    """Forward pre-hook that notes the keys and values that modules compute."""
+
+    def __init__(self) -> None:
+        self.states: dict[nn.Module, RecordedStates] = {}
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        arguments = named_arguments(module, args, kwargs)
+        cache_argument = first_present(CACHE_ARGUMENTS, forward_parameters(module))
+        cross_attention = attends_to_encoder(arguments)
+
+        def record(cache: Cache | None) -> CacheView:
+            return _RecordingCache(cache, module, cross_attention, self.states)
+
+        arguments[str(cache_argument)] = replace_cache(arguments.get(str(cache_argument)), cross_attention, record)
+        return (), arguments
+
+
+class _RecordingCache(CacheView):
+    """Notes the first keys and values that a module stores."""
+
+    def __init__(
+        self,
+        cache: Cache | None,
+        module: nn.Module,
+        cross_attention: bool,
+        states: dict[nn.Module, RecordedStates],
+    ) -> None:
+        super().__init__(cache)
+        self._module, self._cross_attention, self._states = module, cross_attention, states
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._states.setdefault(self._module, RecordedStates(key, value, self._cross_attention))
+        return super().update(key, value, layer_idx, *args, **kwargs)
+
+
+def attends_to_encoder(arguments: dict[str, Any]) -> bool:
+    """Whether a call of an attention module, by its arguments, is cross-attention."""
+    return any(arguments.get(name) is not None for name in ENCODER_STATES_ARGUMENTS)
+
+
+def record_states(model: PreTrainedModel, token_ids: Tensor) -> dict[nn.Module, RecordedStates]:
+    """Run tokens through the model, and through encoder and decoder alike, and return what attention computed.
+
+    Args:
+        model: The base model; prefixes on it must be switched off.
+        token_ids: [1, length]
+
+    Returns:
+        The keys and values of every module that has any, in the order in which they ran.
+    """
+    recorder = _Recorder()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_evaluating(model))
+        for module in _candidates(model):
+            # First, so that what is recorded is what the module really computes, before any prefix.
+            stack.enter_context(_removing(module.register_forward_pre_hook(recorder, with_kwargs=True, prepend=True)))
+        inputs = {"input_ids": token_ids}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = token_ids
+        model(**inputs, use_cache=False)
+    return recorder.states
+
+
+def find_sites(model: nn.Module) -> list[AttentionSite]:
+    """Find every attention module that can carry a prefix.
+
+    Args:
+        model: A transformers model.
+
+    Raises:
+        UnsupportedModelError: There is none, or the model is not one of transformers'.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"A prefix attaches to models of transformers, got {type(model).__name__}, which is not a PreTrainedModel."
+        )
+    token_ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    names = {module: name for name, module in model.named_modules()}
+    encoder = _encoder_modules(model)
+    recorded = record_states(model, token_ids) if any(True for _ in _candidates(model)) else {}
+    if not recorded:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model type {model.config.model_type!r}) has no attention module with a "
+            "key/value cache, so there is nothing that a prefix could be put in front of. Use a model with "
+            "attention, or another PEFT method for this one."
+        )
+    roles = {module: _role(module, states, encoder) for module, states in recorded.items()}
+    return [
+        AttentionSite(
+            name=names[module],
+            module=module,
+            role=roles[module],
+            heads=states.key.shape[1],
+            key_size=states.key.shape[-1],
+            value_size=states.value.shape[-1],
+            stack=_stack(model, names[module]),
+            bias_owner=_bias_owner(module, roles),
+        )
+        for module, states in recorded.items()
+    ]
+
+
+def sliding_window(module: nn.Module) -> int | None:
+    """Return the window of an attention module: how many positions it sees, its own included, or None."""
+    missing = object()
+    window = getattr(module, "sliding_window", missing)
+    if window is missing:
+        config = getattr(module, "config", None)
+        window = getattr(config, "sliding_window", None)
+        layer_types = getattr(config, "layer_types", None)
+        if layer_types is not None and layer_types[module.layer_idx] != "sliding_attention":
+            window = None
+    return window if isinstance(window, int) and window > 0 else None
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether the module's attention is causal where it is given no mask (as `sdpa` decides it)."""
+    return bool(getattr(module, "is_causal", True))
+
+
+def attention_backend(module: nn.Module) -> str:
+    """Return the name of the attention implementation, for example "eager" or "sdpa"."""
+    return str(getattr(getattr(module, "config", None), "_attn_implementation", "eager"))
+
+
+def position_table(stack: nn.Module) -> nn.Embedding | None:
+    """Return the table of learned absolute positions of a stack, or None."""
+    config = text_config(stack)
+    limit = getattr(config, "max_position_embeddings", None)
+    tokens = cast(PreTrainedModel, stack).get_input_embeddings()
+    for child in stack.children():
+        # Some families put one or two unused rows in front of the table.
+        if not isinstance(child, nn.Embedding) or child is tokens or limit is None:
+            continue
+        if limit <= child.num_embeddings <= limit + 2:
+            return child
+    return None
+
+
+def _candidates(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that take a cache while no module inside them does."""
+    takers = {
+        name
+        for name, module in model.named_modules()
+        if first_present(CACHE_ARGUMENTS, forward_parameters(module)) is not None
+    }
+    outer = {name.rsplit(".", depth)[0] for name in takers for depth in range(1, name.count(".") + 1)}
+    for name in takers - outer - {""}:
+        yield model.get_submodule(name)
+
+
+def _encoder_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Return all modules of the model's encoder; none for a decoder-only model."""
+    return set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set()
+
+
+def _role(module: nn.Module, states: RecordedStates, encoder: set[nn.Module]) -> Role:
+    if states.cross_attention:
+        return "cross"
+    return "encoder" if module in encoder else "decoder"
+
+
+def _stack(model: PreTrainedModel, name: str) -> nn.Module:
+    """Return the innermost module around `name` that takes the model's inputs: the encoder or decoder."""
+    while name:
+        name = name.rpartition(".")[0]
+        module: nn.Module = model.get_submodule(name) if name else model
+        if first_present(STACK_INPUT_ARGUMENTS, forward_parameters(module)) is not None:
+            return module
+    return cast(nn.Module, model)
+
+
+def _bias_owner(module: nn.Module, roles: dict[nn.Module, Role]) -> RelativeBias | None:
+    """Return the module of the same role that learns relative positions; the layers of T5 share the first's."""
+    if BIAS_ARGUMENT not in forward_parameters(module):
+        return None
+    same_role = [other for other, role in roles.items() if role == roles[module]]
+    owners = [other for other in (module, *same_role) if getattr(other, "has_relative_attention_bias", False)]
+    if owners and not callable(getattr(owners[0], "compute_bias", None)):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} learns relative positions but has no compute_bias method, so the bias of a "
+            "prefix in front of the sequence is not known; use a model that derives positions otherwise."
+        )
+    return cast(RelativeBias, owners[0]) if owners else None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while; each module returns to the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _removing(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,74 @@
+"""What the attention modules of one role share: the MLP's trunk and the positions of real tokens."""
+
+from typing import Any, cast
+
+from torch import nn
+
+from hf_prefix.attention.layer import Arguments, HookResult, PrefixTunerLayer
+from hf_prefix.attention.positions import positions_module, shift_positions
+from hf_prefix.attention.sites import named_arguments
+from hf_prefix.config import Role
+from hf_prefix.prefix.encoders import PrefixTrunk
+
+
+class PrefixStack(PrefixTunerLayer):
+    """The part of the prefixes of one role that belongs to no single attention module.
+
+    It hangs on the model's root, so that it is found again there whichever library attached it, and so that
+    sharding the model layer by layer leaves the trunk in the root's share.
+
+    Args:
+        role: The role.
+        stack: The encoder or decoder that the role's attention modules belong to.
+    """
+
+    adapter_layer_names = ("hf_prefix_trunk",)
+    other_param_names = ("hf_prefix_offset",)
+
+    def __init__(self, role: Role, stack: nn.Module) -> None:
+        super().__init__()
+        self.role = role
+        self.hf_prefix_trunk = nn.ModuleDict()
+        self.hf_prefix_offset: dict[str, int] = {}
+        # In a tuple, so that the stack does not become a child.
+        self._stack = (stack,)
+        self._shifts_positions = False
+        self.add_hook(stack.register_forward_pre_hook(self.begin_forward))
+
+    def update_layer(self, adapter_name: str, trunk: PrefixTrunk | None, offset: int) -> None:
+        """Add a prefix.
+
+        Args:
+            adapter_name: Its name.
+            trunk: The shared part of its MLP; None without projection.
+            offset: By how much it moves the positions of real tokens.
+
+        Raises:
+            UnsupportedModelError: Positions shall move, but the model does not let them.
+        """
+        if offset and not self._shifts_positions:
+            module = positions_module(self._stack[0])
+            self.add_hook(module.register_forward_pre_hook(self.before_positions, with_kwargs=True))
+            self._shifts_positions = True
+        self.hf_prefix_offset[adapter_name] = offset
+        if trunk is not None:
+            self.hf_prefix_trunk[adapter_name] = trunk.to(next(self._stack[0].parameters()).device)
+        self.set_adapter(self.active_adapters)
+
+    def trunk(self, adapter_name: str) -> PrefixTrunk:
+        """Return the shared part of a prefix's MLP."""
+        return cast(PrefixTrunk, self.hf_prefix_trunk[adapter_name])
+
+    def begin_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Let the trunks be evaluated anew, once, in the forward pass that begins."""
+        for adapter_name in self.hf_prefix_trunk:
+            self.trunk(adapter_name).begin_forward()
+
+    def before_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> HookResult:
+        """Move the positions of real tokens behind the active prefixes."""
+        offset = sum(self.hf_prefix_offset[name] for name in self.active_names(self.hf_prefix_offset))
+        if offset == 0:
+            return None
+        arguments = named_arguments(module, args, kwargs)
+        shift_positions(self._stack[0], arguments, offset)
+        return (), arguments

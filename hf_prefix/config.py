@@ -1,0 +1,178 @@
+"""The configuration of a prefix: every option, checked at construction."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig
+
+from hf_prefix.errors import PrefixError
+from hf_prefix.registration import PrefixPeftType
+
+Role = Literal["encoder", "decoder", "cross"]
+"""Where a prefix acts: encoder self-attention, decoder self-attention (the only one of a decoder-only model),
+or the decoder's cross-attention."""
+
+PrefixInit = Literal["real_tokens", "text", "token_ids", "prefix", "zero", "random"]
+SlidingWindow = Literal["pin", "scroll"]
+
+DEFAULT_HIDDEN_SIZE = 512
+"""Hidden width of the projection for table-to-text in the paper (§4.3, footnote; 800 for summarisation)."""
+
+
+@dataclass
+class PrefixConfig(PeftConfig):
+    """What a prefix is and where it goes (Li & Liang 2021, https://arxiv.org/abs/2101.00190).
+
+    Args:
+        num_virtual_tokens: Length P of the prefix: key/value vectors that every attention layer gets. May be None
+            with `prefix_init="text"` or `"token_ids"`, which then decide it.
+        roles: Which attention gets a prefix: any of "encoder", "decoder", "cross". None means all that the model
+            has, as in the paper.
+        prefix_projection: Learn the prefix through the paper's MLP (§4.3), P[i] = MLP(P'[i]), instead of
+            directly. One embedding and one hidden layer per role, and one output slice per attention module.
+        encoder_hidden_size: Hidden width of that MLP (512 when None). Only with `prefix_projection`.
+        prefix_dropout: Dropout probability on the final keys and values, in training only (0.0 in the paper).
+        prefix_init: Where the prefix starts. "real_tokens": activations of random tokens of the vocabulary (the
+            paper's §7.4 finds real words far ahead of random numbers); "text": activations of
+            `prefix_init_text`; "token_ids": of `prefix_init_token_ids`; "prefix": a saved prefix
+            (`prefix_init_path`); "zero": zeros; "random": N(0, 1), or PyTorch's defaults for the projection, as
+            in the original code.
+        prefix_init_text: The text for `prefix_init="text"`.
+        prefix_init_token_ids: The token ids for `prefix_init="token_ids"`.
+        prefix_init_path: Folder or Hub id of the prefix for `prefix_init="prefix"`.
+        prefix_init_seed: Seed of "real_tokens" and "random".
+        tokenizer_name_or_path: Tokenizer for `prefix_init_text`; the base model's own when None.
+        sliding_window: What layers with a sliding window do. "pin": every position sees the whole prefix (the
+            paper's definition). "scroll": the prefix leaves the window as a real prompt would.
+        offset_positions: Whether real tokens come after the prefix, at positions P, P+1, ... None: yes in
+            decoder-only models, no in encoder-decoder models (both as in the paper).
+        target_modules: Restricts the prefix to these attention modules (suffixes or one regular expression);
+            None means every attention module of the roles.
+        exclude_modules: Attention modules that get no prefix (suffixes or one regular expression).
+        layers_to_transform: Restricts the prefix to these layer indices.
+        layers_pattern: Name of the module list that `layers_to_transform` counts in, for example "layers".
+        modules_to_save: Modules of the base model that are trained and saved as well.
+        trainable_token_indices: Must stay None; read by other libraries.
+        initialized: Written as true when the configuration is saved: a prefix attached from it waits for its
+            weights instead of starting anew.
+
+    Raises:
+        PrefixError: A value is impossible, or an option was given that the others leave without effect.
+    """
+
+    num_virtual_tokens: int | None = field(default=None)
+    roles: list[Role] | None = field(default=None)
+    prefix_projection: bool = field(default=False)
+    encoder_hidden_size: int | None = field(default=None)
+    prefix_dropout: float = field(default=0.0)
+    prefix_init: PrefixInit = field(default="real_tokens")
+    prefix_init_text: str | None = field(default=None)
+    prefix_init_token_ids: list[int] | None = field(default=None)
+    prefix_init_path: str | None = field(default=None)
+    prefix_init_seed: int = field(default=0)
+    tokenizer_name_or_path: str | None = field(default=None)
+    sliding_window: SlidingWindow = field(default="pin")
+    offset_positions: bool | None = field(default=None)
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    trainable_token_indices: None = field(default=None)
+    initialized: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PrefixPeftType.HF_PREFIX
+        self._check_length()
+        self._check_choices()
+        self._check_projection()
+        self._check_initialization()
+        self._check_targets()
+
+    @property
+    def hidden_size(self) -> int:
+        """Hidden width of the projection."""
+        return self.encoder_hidden_size or DEFAULT_HIDDEN_SIZE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as it is saved, with plain JSON types."""
+        options: dict[str, Any] = super().to_dict()
+        return options | {"peft_type": self.peft_type.value}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as `adapter_config.json`, marked as belonging to saved weights.
+
+        Args:
+            save_directory: Target folder, created if missing.
+            **kwargs: Passed on to PEFT.
+        """
+        initialized, self.initialized = self.initialized, True
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.initialized = initialized
+
+    def _check_length(self) -> None:
+        length = self.num_virtual_tokens
+        if length is None and self.prefix_init not in ("text", "token_ids"):
+            raise PrefixError(
+                f"num_virtual_tokens is missing; pass the prefix length, for example num_virtual_tokens=10 "
+                f"(only prefix_init='text' and 'token_ids' can do without, got {self.prefix_init!r})."
+            )
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            raise PrefixError(f"num_virtual_tokens must be a whole number of at least 1, got {length!r}.")
+
+    def _check_choices(self) -> None:
+        if self.roles is not None:
+            unknown = [role for role in self.roles if role not in get_args(Role)]
+            if unknown or not self.roles:
+                raise PrefixError(f"roles must be some of {list(get_args(Role))} or None, got {self.roles!r}.")
+        if self.prefix_init not in get_args(PrefixInit):
+            raise PrefixError(f"prefix_init must be one of {list(get_args(PrefixInit))}, got {self.prefix_init!r}.")
+        if self.sliding_window not in get_args(SlidingWindow):
+            raise PrefixError(f"sliding_window must be 'pin' or 'scroll', got {self.sliding_window!r}.")
+        if not 0.0 <= self.prefix_dropout < 1.0:
+            raise PrefixError(f"prefix_dropout must be at least 0 and less than 1, got {self.prefix_dropout!r}.")
+
+    def _check_projection(self) -> None:
+        size = self.encoder_hidden_size
+        if size is None:
+            return
+        if not self.prefix_projection:
+            raise PrefixError(
+                f"encoder_hidden_size={size!r} has no effect without the projection; "
+                "set prefix_projection=True or leave it out."
+            )
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise PrefixError(f"encoder_hidden_size must be a whole number of at least 1, got {size!r}.")
+
+    def _check_initialization(self) -> None:
+        if self.tokenizer_name_or_path is not None and self.prefix_init != "text":
+            raise PrefixError(
+                f"tokenizer_name_or_path={self.tokenizer_name_or_path!r} is only used with prefix_init='text', "
+                f"got prefix_init={self.prefix_init!r}."
+            )
+        sources = {
+            "prefix_init_text": ("text", self.prefix_init_text),
+            "prefix_init_token_ids": ("token_ids", self.prefix_init_token_ids),
+            "prefix_init_path": ("prefix", self.prefix_init_path),
+        }
+        for name, (init, value) in sources.items():
+            if self.prefix_init == init and not value:
+                raise PrefixError(f"prefix_init={init!r} needs {name}, got {value!r}.")
+            if self.prefix_init != init and value is not None:
+                raise PrefixError(f"{name} is only used with prefix_init={init!r}, got {self.prefix_init!r}.")
+
+    def _check_targets(self) -> None:
+        if self.target_modules == "all-linear":
+            raise PrefixError(
+                "target_modules='all-linear' is for methods that adapt linear layers; a prefix acts in attention "
+                "modules. Leave target_modules out to use all of them."
+            )
+        if self.trainable_token_indices is not None:
+            raise PrefixError(
+                "trainable_token_indices is not supported with a prefix; use modules_to_save for the embedding."
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise PrefixError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")

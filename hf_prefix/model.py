@@ -1,0 +1,230 @@
+"""The tuner that PEFT creates: attaches prefixes to a model's attention, switches, saves and removes them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import Tensor, nn
+
+from hf_prefix.attention.layer import CHILD_NAME, PrefixLayer, PrefixTunerLayer
+from hf_prefix.attention.sites import AttentionSite, find_sites
+from hf_prefix.attention.stack import PrefixStack
+from hf_prefix.config import PrefixConfig, Role
+from hf_prefix.errors import PrefixError, UnsupportedCallError, UnsupportedModelError
+from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, PrefixShape, PrefixTrunk, ProjectedPrefix
+from hf_prefix.prefix.initialization import Start, Starter
+from hf_prefix.registration import PARAMETER_PREFIX
+from hf_prefix.sharing.checkpoint import check_fits
+
+
+class PrefixModel(BaseTuner):
+    """Attaches prefixes to every attention module of a model (Li & Liang 2021).
+
+    **The model is changed in place**: its attention modules get a child named `hf_prefix` and forward hooks;
+    `unload()` removes both. Base parameters keep their names and values.
+
+    Args:
+        model: A causal or sequence-to-sequence model of transformers.
+        peft_config: The configuration, or configurations by adapter name.
+        adapter_name: Name of the prefix.
+        low_cpu_mem_usage: Create the parameters on the meta device, for loading.
+        state_dict: Not needed; PEFT passes it on.
+    """
+
+    prefix = PARAMETER_PREFIX
+    tuner_layer_cls = PrefixTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - read from the class by PEFT
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach a prefix.
+
+        Args:
+            model: The base model.
+            adapter_name: Name of the prefix, a key of `peft_config`.
+            *args: See `BaseTuner.inject_adapter`.
+            **kwargs: See `BaseTuner.inject_adapter`.
+
+        Raises:
+            UnsupportedModelError: The model cannot carry a prefix of this configuration.
+            PrefixError: The configuration cannot be met.
+        """
+        config = self.peft_config[adapter_name]
+        # The same seed gives the same prefix, and the caller's random numbers go on as if nothing had happened.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.prefix_init_seed)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        # target_modules stays None: the sites are found from the model, on each model anew.
+        return peft_config
+
+    def _prepare_model(self, peft_config: PrefixConfig, model: nn.Module) -> None:
+        with prefixes_off(model):
+            sites = _select(find_sites(model), peft_config, model)
+            self._matcher = _matcher(sites, peft_config)
+            self._sites = {site.name: site for site in sites}
+            targets = [site for site in sites if self._check_target_module_exists(peft_config, site.name)]
+            self._start: Start | None = None
+            if not peft_config.initialized:
+                self._start = Starter(model, targets, peft_config).start()
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+        # Not a plain bool: PEFT tells an excluded module from one that never matched.
+        return key in self._sites and check_target_module_exists(self._matcher, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: PrefixConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        site = self._sites[current_key]
+        layer = getattr(target, CHILD_NAME, None)
+        if layer is None:
+            layer = PrefixLayer(site)
+            target.add_module(CHILD_NAME, layer)
+        stack = self._stack(site)
+        if adapter_name not in stack.hf_prefix_offset:
+            trunk = _new_trunk(peft_config, site) if peft_config.prefix_projection else None
+            offset = _offset(peft_config, site, self.model.config.is_encoder_decoder)
+            stack.update_layer(adapter_name, trunk, offset)
+        trunk = stack.trunk(adapter_name) if peft_config.prefix_projection else None
+        encoder = _new_encoder(peft_config, site, trunk)
+        layer.update_layer(adapter_name, encoder, peft_config.sliding_window == "scroll")
+        if self._start is not None and not any(parameter.is_meta for parameter in encoder.sources()):
+            encoder.initialize(self._start[site.name].key, self._start[site.name].value)
+
+    def _stack(self, site: AttentionSite) -> PrefixStack:
+        """Return what the modules of the site's role share, created when first needed."""
+        stacks = getattr(self.model, CHILD_NAME, None)
+        if stacks is None:
+            stacks = nn.ModuleDict()
+            self.model.add_module(CHILD_NAME, stacks)
+        if site.role not in stacks:
+            stacks[site.role] = PrefixStack(site.role, site.stack)
+        return cast(PrefixStack, stacks[site.role])
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedCallError(
+                "adapter_names, a prefix per row, is not supported yet; activate one prefix for the whole batch "
+                "with set_adapter, or run the rows of each prefix as a batch of their own."
+            )
+        yield
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Raise: a prefix is no change of any weight, so there is nothing to merge.
+
+        Raises:
+            UnsupportedCallError: Always.
+        """
+        raise UnsupportedCallError(
+            "A prefix cannot be merged into the weights; keep it beside the model and save it with "
+            "save_pretrained. unload() gives the base model back without it."
+        )
+
+    def unload(self) -> nn.Module:
+        """Remove every prefix and return the base model, without any child or hook of ours."""
+        for _, layer in list(prefix_layers(self.model)):
+            layer.detach()
+        for module in list(self.model.modules()):
+            if isinstance(getattr(module, CHILD_NAME, None), nn.Module):
+                delattr(module, CHILD_NAME)
+        return cast(nn.Module, super()._unload_and_optionally_merge(merge=False))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        expected = _adapter_tensors(model, adapter_name)
+        others = model.state_dict().keys() - expected.keys()
+        check_fits({name: tensor for name, tensor in remapped.items() if name not in others}, expected)
+        return remapped
+
+
+def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixTunerLayer]]:
+    """Yield name and module of everything of ours in a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, PrefixTunerLayer):
+            yield name, module
+
+
+def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Return the tensors of a prefix by their name in the model."""
+    return {
+        f"{name}.{key}": tensor
+        for name, layer in prefix_layers(model)
+        for key, tensor in layer.state_dict(keep_vars=True).items()
+        if key.split(".")[1] == adapter_name
+    }
+
+
+@contextmanager
+def prefixes_off(model: nn.Module) -> Iterator[None]:
+    """Switch off the prefixes that a model has already, so that the base model is what is looked at."""
+    layers = [layer for _, layer in prefix_layers(model)]
+    states = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, states, strict=True):
+            layer._disable_adapters = state
+
+
+def _select(sites: list[AttentionSite], config: PrefixConfig, model: nn.Module) -> list[AttentionSite]:
+    """Return the sites whose role a configuration asks for."""
+    present: list[Role] = list(dict.fromkeys(site.role for site in sites))
+    roles = config.roles or present
+    absent = [role for role in roles if role not in present]
+    if absent:
+        raise UnsupportedModelError(
+            f"roles={config.roles} asks for {absent} attention, but {type(model).__name__} has only {present}."
+        )
+    return [site for site in sites if site.role in roles]
+
+
+def _matcher(sites: list[AttentionSite], config: PrefixConfig) -> PrefixConfig:
+    """Return the configuration with target_modules filled in, for PEFT's own rules of naming modules."""
+    if config.target_modules is not None:
+        return config
+    # The last part of the names, because PEFT looks at layers_to_transform only where a suffix matches.
+    return replace(config, target_modules=sorted({site.name.rpartition(".")[2] for site in sites}))
+
+
+def _new_trunk(config: PrefixConfig, site: AttentionSite) -> PrefixTrunk:
+    return PrefixTrunk(_length(config), site.model_size, config.hidden_size, config.initialized)
+
+
+def _new_encoder(config: PrefixConfig, site: AttentionSite, trunk: PrefixTrunk | None) -> PrefixEncoder:
+    shape = PrefixShape(site.heads, _length(config), site.key_size, site.value_size)
+    if trunk is None:
+        return DirectPrefix(shape, config.prefix_dropout, config.initialized)
+    return ProjectedPrefix(shape, config.prefix_dropout, trunk, config.initialized)
+
+
+def _length(config: PrefixConfig) -> int:
+    if config.num_virtual_tokens is None:
+        raise PrefixError("num_virtual_tokens is missing in a saved configuration; it should hold the length.")
+    return config.num_virtual_tokens
+
+
+def _offset(config: PrefixConfig, site: AttentionSite, is_encoder_decoder: bool) -> int:
+    """Return by how much the positions of the site's stack move."""
+    if site.role != "decoder":
+        return 0
+    wanted = not is_encoder_decoder if config.offset_positions is None else config.offset_positions
+    return _length(config) if wanted else 0

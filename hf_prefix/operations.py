@@ -1,0 +1,97 @@
+"""Operations on a prefix that is attached to a model: drop its projection, start it from a cache."""
+
+from typing import cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.cache_utils import Cache
+
+from hf_prefix.attention.layer import CHILD_NAME, PrefixLayer
+from hf_prefix.attention.sites import AttentionSite, find_sites
+from hf_prefix.attention.stack import PrefixStack
+from hf_prefix.config import PrefixConfig
+from hf_prefix.errors import PrefixError
+from hf_prefix.model import prefix_layers, prefixes_off
+from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder
+from hf_prefix.prefix.initialization import cache_start, checked_start
+
+
+def fold_prefix(model: nn.Module, adapter_name: str = "default") -> None:
+    """Replace the projection of a prefix by the keys and values that it computes, in place.
+
+    The paper drops the MLP after training (§4.3); only the keys and values are saved then. The model's outputs
+    stay the same. A prefix without projection is left as it is.
+
+    Args:
+        model: The model, wrapped by PEFT or not.
+        adapter_name: Name of the prefix.
+
+    Raises:
+        PrefixError: The model has no such prefix.
+    """
+    for layer in _layers_with(model, adapter_name):
+        layer.hf_prefix_encoder[adapter_name] = _folded(layer.encoder(adapter_name))
+    for _, layer in prefix_layers(model):
+        if isinstance(layer, PrefixStack) and adapter_name in layer.hf_prefix_trunk:
+            del layer.hf_prefix_trunk[adapter_name]
+    config = _config(model, adapter_name)
+    config.prefix_projection, config.encoder_hidden_size = False, None
+
+
+def initialize_from_cache(model: nn.Module, cache: Cache, adapter_name: str = "default") -> None:
+    """Set an attached prefix to the contents of a cache that the base model filled, in place.
+
+    Args:
+        model: The model, wrapped by PEFT or not.
+        cache: A cache of one row and `num_virtual_tokens` tokens.
+        adapter_name: Name of the prefix.
+
+    Raises:
+        PrefixError: The model has no such prefix, or the cache does not hold what it needs.
+        PrefixMismatchError: The cache has other shapes or another length.
+    """
+    layers = _layers_with(model, adapter_name)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with prefixes_off(base):
+        sites = {site: _layer_of(site) for site in find_sites(base) if _layer_of(site) in layers}
+    length = _config(model, adapter_name).num_virtual_tokens
+    start = checked_start(cache_start(cache, list(sites)), list(sites), length)
+    for site, layer in sites.items():
+        layer.encoder(adapter_name).initialize(start[site.name].key, start[site.name].value)
+
+
+def _config(model: nn.Module, adapter_name: str) -> PrefixConfig:
+    return cast(dict[str, PrefixConfig], model.peft_config)[adapter_name]
+
+
+def _layer_of(site: AttentionSite) -> PrefixLayer:
+    return cast(PrefixLayer, getattr(site.module, CHILD_NAME, None))
+
+
+def _layers_with(model: nn.Module, adapter_name: str) -> list[PrefixLayer]:
+    """Return the prefix layers that have the prefix.
+
+    Raises:
+        PrefixError: There is none.
+    """
+    found = [
+        layer
+        for _, layer in prefix_layers(model)
+        if isinstance(layer, PrefixLayer) and adapter_name in layer.hf_prefix_encoder
+    ]
+    if not found:
+        raise PrefixError(f"The model has no prefix named {adapter_name!r}.")
+    return found
+
+
+def _folded(encoder: PrefixEncoder) -> PrefixEncoder:
+    if isinstance(encoder, DirectPrefix):
+        return encoder
+    direct = DirectPrefix(encoder.shape, encoder.dropout, awaiting_weights=False)
+    source = encoder.sources()[0]
+    direct.train(encoder.training).to(source.device).requires_grad_(source.requires_grad)
+    with torch.no_grad():
+        prefix = encoder()
+        direct.initialize(prefix.key, prefix.value)
+    return direct

@@ -1,0 +1,1 @@
+"""What is learned: keys and values, how they are parameterised, and where they start."""

@@ -1,0 +1,162 @@
+"""Where a prefix starts: activations of real tokens, of a text, an existing cache, another prefix, or numbers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from hf_prefix.attention.sites import AttentionSite, record_states
+from hf_prefix.config import PrefixConfig, PrefixInit
+from hf_prefix.errors import PrefixError, PrefixMismatchError
+from hf_prefix.prefix.key_value import KeyValuePrefix
+from hf_prefix.sharing.checkpoint import read_key_values
+
+Start = Mapping[str, KeyValuePrefix]
+"""Keys and values by name of the attention module."""
+
+
+@dataclass(frozen=True)
+class Starter:
+    """Finds the keys and values that a configuration asks a prefix to start from.
+
+    Args:
+        model: The base model, with every other prefix switched off.
+        sites: The attention modules that get the prefix.
+        config: The configuration; a missing `num_virtual_tokens` is filled in.
+    """
+
+    model: PreTrainedModel
+    sites: list[AttentionSite]
+    config: PrefixConfig
+
+    def start(self) -> Start | None:
+        """Return keys and values per attention module, or None where the parameters' own random start is meant.
+
+        Raises:
+            PrefixError: The text or the tokens are longer than the prefix, or cannot be read.
+            PrefixMismatchError: The other prefix does not fit the model.
+        """
+        starts: dict[PrefixInit, Callable[[], Start | None]] = {
+            "real_tokens": self._real_tokens,
+            "text": self._text,
+            "token_ids": self._token_ids,
+            "prefix": self._prefix,
+            "zero": self._zero,
+            "random": self._random,
+        }
+        return starts[self.config.prefix_init]()
+
+    def _random(self) -> None:
+        return None
+
+    def _zero(self) -> Start:
+        length = self._length
+        return {
+            site.name: KeyValuePrefix(
+                torch.zeros(site.heads, length, site.key_size),
+                torch.zeros(site.heads, length, site.value_size),
+            )
+            for site in self.sites
+        }
+
+    def _real_tokens(self) -> Start:
+        generator = torch.Generator().manual_seed(self.config.prefix_init_seed)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return self._activations(torch.randint(vocabulary, (self._length,), generator=generator).tolist())
+
+    def _token_ids(self) -> Start:
+        return self._activations(self._fill(list(self.config.prefix_init_token_ids or [])))
+
+    def _text(self) -> Start:
+        name = self.config.tokenizer_name_or_path or self.model.config.name_or_path
+        if not name:
+            raise PrefixError(
+                "prefix_init='text' needs a tokenizer, and the model does not name its own; set "
+                "tokenizer_name_or_path, or give the tokens with prefix_init='token_ids'."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Without special tokens, as the original code does it; token_ids can hold any.
+        return self._activations(
+            self._fill(tokenizer(self.config.prefix_init_text, add_special_tokens=False)["input_ids"])
+        )
+
+    def _prefix(self) -> Start:
+        states = read_key_values(str(self.config.prefix_init_path))
+        return checked_start(states, self.sites, self._length)
+
+    @property
+    def _length(self) -> int:
+        if self.config.num_virtual_tokens is None:
+            raise PrefixError("num_virtual_tokens is missing.")
+        return self.config.num_virtual_tokens
+
+    def _fill(self, token_ids: list[int]) -> list[int]:
+        """Repeat the tokens up to the length of the prefix, or let them decide it."""
+        wanted = self.config.num_virtual_tokens
+        if not token_ids:
+            raise PrefixError("The text to start the prefix from has no tokens; give a text with some.")
+        if wanted is None:
+            self.config.num_virtual_tokens = wanted = len(token_ids)
+        if len(token_ids) > wanted:
+            raise PrefixError(
+                f"The prefix shall start from {len(token_ids)} tokens but has num_virtual_tokens={wanted}; leave "
+                f"num_virtual_tokens out, set it to {len(token_ids)}, or shorten the text."
+            )
+        return (token_ids * wanted)[:wanted]
+
+    def _activations(self, token_ids: list[int]) -> Start:
+        tokens = torch.tensor([token_ids], device=self.model.device)
+        recorded = record_states(self.model, tokens)
+        return {
+            site.name: KeyValuePrefix(recorded[site.module].key[0], recorded[site.module].value[0])
+            for site in self.sites
+        }
+
+
+def cache_start(cache: Cache, sites: list[AttentionSite]) -> Start:
+    """Return the contents of a filled cache as keys and values per attention module.
+
+    Args:
+        cache: A cache of one row, filled by the base model.
+        sites: The attention modules that get the prefix.
+
+    Raises:
+        PrefixError: The cache has several rows, or does not hold what a module needs.
+    """
+    return {site.name: _cached_states(cache, site) for site in sites}
+
+
+def _cached_states(cache: Cache, site: AttentionSite) -> KeyValuePrefix:
+    if site.role == "encoder" or (site.role == "cross" and not isinstance(cache, EncoderDecoderCache)):
+        raise PrefixError(
+            f"{site.name} is {site.role} attention, of which a {type(cache).__name__} holds nothing; restrict the "
+            "prefix with roles=['decoder'], or start it from text."
+        )
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.cross_attention_cache if site.role == "cross" else cache.self_attention_cache
+    layer = cache.layers[site.module.layer_idx]
+    if layer.keys is None or layer.keys.shape[0] != 1:
+        rows = 0 if layer.keys is None else layer.keys.shape[0]
+        raise PrefixError(f"A prefix starts from a cache of one row, got one of {rows} rows.")
+    length = int(layer.get_seq_length())
+    return KeyValuePrefix(layer.keys[0, :, :length], layer.values[0, :, :length])
+
+
+def checked_start(states: Start, sites: list[AttentionSite], length: int | None) -> Start:
+    """Return the states if they fit the attention modules and the length.
+
+    Raises:
+        PrefixMismatchError: They do not; the message shows both sides.
+    """
+    for site in sites:
+        expected = ((site.heads, length, site.key_size), (site.heads, length, site.value_size))
+        found = states.get(site.name)
+        shapes = None if found is None else (tuple(found.key.shape), tuple(found.value.shape))
+        if shapes != expected:
+            raise PrefixMismatchError(
+                f"{site.name} needs keys and values of shape {expected} [heads, tokens, size]; the prefix to start "
+                f"from has {shapes or 'none for it'}."
+            )
+    return {site.name: states[site.name] for site in sites}

@@ -1,0 +1,66 @@
+"""The value that a prefix is, for one attention module: keys and values ready for use."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class KeyValuePrefix:
+    """Keys and values that stand in front of those of the real tokens.
+
+    Compared by identity: a cache that holds a prefix recognises by it whether the prefix is still the same.
+
+    Args:
+        key: [kv_heads, num_virtual_tokens, key_head_dim]
+        value: [kv_heads, num_virtual_tokens, value_head_dim]
+
+    Raises:
+        ValueError: The two do not agree in heads or length.
+    """
+
+    key: Tensor
+    value: Tensor
+
+    def __post_init__(self) -> None:
+        if self.key.dim() != 3 or self.value.dim() != 3 or self.key.shape[:2] != self.value.shape[:2]:
+            raise ValueError(
+                "A prefix has keys and values of shape [kv_heads, num_virtual_tokens, head_dim] with equal heads "
+                f"and length, got {tuple(self.key.shape)} and {tuple(self.value.shape)}."
+            )
+
+    @property
+    def length(self) -> int:
+        """Number of virtual tokens."""
+        return self.key.shape[1]
+
+    def to(self, like: Tensor) -> "KeyValuePrefix":
+        """Return the prefix in the dtype and on the device of `like`; itself where nothing changes."""
+        if self.key.dtype == like.dtype and self.key.device == like.device:
+            return self
+        return KeyValuePrefix(self.key.to(like), self.value.to(like))
+
+    def in_front_of(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `[prefix ; key]` and `[prefix ; value]`.
+
+        Args:
+            key: [batch, kv_heads, length, key_head_dim]
+            value: [batch, kv_heads, length, value_head_dim]
+        """
+        prefix = self.to(key)
+        batch = key.shape[0]
+        return (
+            torch.cat([prefix.key.expand(batch, -1, -1, -1), key], dim=-2),
+            torch.cat([prefix.value.expand(batch, -1, -1, -1), value], dim=-2),
+        )
+
+    @staticmethod
+    def concatenate(prefixes: "list[KeyValuePrefix]") -> "KeyValuePrefix":
+        """Return the prefixes one after the other as one."""
+        if len(prefixes) == 1:
+            return prefixes[0]
+        return KeyValuePrefix(
+            torch.cat([prefix.key for prefix in prefixes], dim=1),
+            torch.cat([prefix.value for prefix in prefixes], dim=1),
+        )

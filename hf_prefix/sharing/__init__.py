@@ -1,0 +1,1 @@
+"""How a prefix travels: reading and checking saved folders."""

@@ -1,0 +1,76 @@
+"""Reading saved prefixes, and refusing those that do not fit."""
+
+from collections.abc import Mapping
+
+import torch
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor
+
+from hf_prefix.errors import PrefixError, PrefixMismatchError
+from hf_prefix.prefix.key_value import KeyValuePrefix
+
+SAVED_PREFIX = "base_model.model."
+"""What PEFT puts in front of every name in a file."""
+
+SAVED_KEY = ".hf_prefix.hf_prefix_encoder.key"
+SAVED_VALUE = ".hf_prefix.hf_prefix_encoder.value"
+
+
+def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
+    """Read a saved direct prefix.
+
+    Args:
+        folder: Folder or Hub id.
+
+    Returns:
+        Keys and values by name of the attention module.
+
+    Raises:
+        PrefixError: The folder holds no direct prefix.
+    """
+    weights = load_peft_weights(folder, device="cpu")
+    names = [name.removesuffix(SAVED_KEY) for name in weights if name.endswith(SAVED_KEY)]
+    if not names:
+        raise PrefixError(
+            f"{folder!r} holds no keys and values of a prefix. If it was saved with its projection, load it, call "
+            "fold_prefix(model) and save it again."
+        )
+    return {
+        name.removeprefix(SAVED_PREFIX): KeyValuePrefix(weights[name + SAVED_KEY], weights[name + SAVED_VALUE])
+        for name in names
+    }
+
+
+def check_fits(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check that saved tensors are exactly those that the model needs, and usable.
+
+    Args:
+        saved: Tensors of the file by name in the model.
+        expected: The model's own tensors by name.
+
+    Raises:
+        PrefixMismatchError: Tensors are missing, unknown, of another shape, or not finite.
+    """
+    missing, unknown = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
+    if missing or unknown:
+        raise PrefixMismatchError(
+            f"The saved prefix is for another model or configuration: {len(missing)} tensors that this one needs "
+            f"are missing{_first(missing)}, {len(unknown)} are unknown{_first(unknown)}. Load it on the base model "
+            "that its adapter_config.json names."
+        )
+    for name, tensor in saved.items():
+        shape, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+        if shape != wanted:
+            raise PrefixMismatchError(
+                f"The saved prefix is for another model: {name} has shape {shape}, this model needs {wanted}. Load "
+                "it on the base model that its adapter_config.json names."
+            )
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise PrefixMismatchError(
+                f"The saved prefix is damaged: {name} ({tensor.dtype}) holds values that are no finite numbers. "
+                "Download or train it again."
+            )
+
+
+def _first(names: list[str]) -> str:
+    return f" (first: {names[0]})" if names else ""

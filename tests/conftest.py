@@ -1,0 +1,40 @@
+"""Fixtures that every test shares."""
+
+import os
+
+# Before transformers is imported: no test may ask the Hub, except those of the Hub itself.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from families import CAUSAL, FAMILIES, SEQ2SEQ, Family
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    """Every family."""
+    return request.param
+
+
+@pytest.fixture(params=CAUSAL, ids=lambda family: family.name)
+def causal_family(request: pytest.FixtureRequest) -> Family:
+    """Every decoder-only family."""
+    return request.param
+
+
+@pytest.fixture(params=SEQ2SEQ, ids=lambda family: family.name)
+def seq2seq_family(request: pytest.FixtureRequest) -> Family:
+    """Every encoder-decoder family."""
+    return request.param
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every attention backend."""
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["direct", "projection"])
+def projection(request: pytest.FixtureRequest) -> bool:
+    """Both ways to parameterise a prefix."""
+    return request.param

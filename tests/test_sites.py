@@ -1,0 +1,18 @@
+"""Discovery of attention modules from the model itself."""
+
+from collections import Counter
+
+from families import Family, build
+from hf_prefix.attention.sites import find_sites
+
+
+def test_sites_have_the_roles_and_shapes_of_the_family(family: Family) -> None:
+    sites = find_sites(build(family))
+    found = {
+        (role, site.heads, site.key_size): count
+        for role, count in Counter(site.role for site in sites).items()
+        for site in sites
+        if site.role == role
+    }
+    assert found == {(role, heads, size): count for role, (count, heads, size) in family.shape.items()}
+    assert all(site.value_size == site.key_size for site in sites)
