@@ -1,0 +1,103 @@
+"""Data-to-text corpora: WebNLG 2017 (triples) and E2E (slots) as task formats."""
+
+from __future__ import annotations
+
+import os
+
+from hf_prefix.tasks.linearization import slots_source, triples_source
+from hf_prefix.tasks.records import Record
+from hf_prefix.tasks.rows import Row
+from hf_prefix.tasks.task_format import TaskFormat
+
+
+def _webnlg_references(row: Row, split: str) -> tuple[str, ...]:
+    """Training keeps what its annotators called good, as in Li & Liang 2021; evaluation keeps everything."""
+    texts = row.texts("references")
+    if split != "train":
+        return texts
+    comments = row.texts("comments")
+    if len(comments) != len(texts):
+        raise row.error(f"got {len(texts)} references and {len(comments)} comments; each reference needs one")
+    return tuple(text for text, comment in zip(texts, comments, strict=True) if comment == "good")
+
+
+def _webnlg_group(row: Row) -> str:
+    seen = row.value("seen")
+    if not isinstance(seen, bool):
+        raise row.error(f"column 'seen' must be true or false, got {seen!r}")
+    return "seen" if seen else "unseen"
+
+
+def _e2e_references(row: Row, split: str) -> tuple[str, ...]:
+    return row.texts("references")
+
+
+def _no_group(row: Row) -> str:
+    return ""
+
+
+WEBNLG = TaskFormat(
+    name="webnlg",
+    splits=("train", "dev", "test_seen", "test_unseen"),
+    columns=("triples", "references", "comments", "seen"),
+    linearizations={"words": triples_source},
+    references=_webnlg_references,
+    group=_webnlg_group,
+)
+E2E = TaskFormat(
+    name="e2e",
+    splits=("train", "dev", "test"),
+    columns=("slots", "references"),
+    linearizations={"words": slots_source},
+    references=_e2e_references,
+    group=_no_group,
+)
+
+
+def load_webnlg(
+    folder: str | os.PathLike[str],
+    split: str,
+    *,
+    linearization: str | None = None,
+    limit_entries: int | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """Reads a split of WebNLG 2017 (Gardent et al. 2017): `train`, `dev`, `test_seen` or `test_unseen`.
+
+    Training records keep the references that the corpus marks "good" (entries without any are left out);
+    the other splits keep all references. `group` is "seen" or "unseen", by the entry's category.
+
+    Args:
+        folder: Holds `<split>.jsonl.gz` with rows {triples, references, comments, seen}.
+        split: The split.
+        linearization: "words" (`subject : property words : object | …`), which None means too.
+        limit_entries: Size of a random sample of the records; None takes all, in the order of the file.
+        seed: Seed of that sample.
+
+    Raises:
+        DataError: As `TaskFormat.load`.
+    """
+    return WEBNLG.load(folder, split, linearization=linearization, limit_entries=limit_entries, seed=seed)
+
+
+def load_e2e(
+    folder: str | os.PathLike[str],
+    split: str,
+    *,
+    linearization: str | None = None,
+    limit_entries: int | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """Reads a split of E2E (Novikova et al. 2017): `train`, `dev` or `test`, one record per meaning.
+
+    Args:
+        folder: Holds `<split>.jsonl.gz` with rows {slots, references}.
+        split: The split.
+        linearization: "words" (`name : X | eatType : pub | …`), which None means too.
+        limit_entries: Size of a random sample of the records; None takes all, in the order of the file.
+        seed: Seed of that sample.
+
+    Raises:
+        DataError: As `TaskFormat.load`.
+    """
+    return E2E.load(folder, split, linearization=linearization, limit_entries=limit_entries, seed=seed)

@@ -1,0 +1,171 @@
+"""Rows of data files: opens JSON Lines and CSV, and remembers where every row came from."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_prefix.errors import DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data file.
+
+    Attributes:
+        path: The file that the row came from.
+        line: Its line in that file, from 1; for a CSV row that spans several lines, the last of them.
+        values: Column name to value: strings in CSV files, any JSON value in JSON Lines files.
+    """
+
+    path: Path
+    line: int
+    values: Mapping[str, object]
+
+    def error(self, message: str) -> DataError:
+        """Returns (does not raise) an error that names the file and line of this row."""
+        return DataError(f"{self.path}, line {self.line}: {message}")
+
+    def value(self, column: str, advice: str = "") -> object:
+        """Returns what the row has in `column`.
+
+        Args:
+            column: The column's name.
+            advice: What the user should do where the column is missing; it ends the error's message.
+
+        Raises:
+            DataError: The row has no such column.
+        """
+        if column not in self.values:
+            found = ", ".join(map(repr, self.values)) or "none"
+            raise self.error(f"there is no column {column!r}; the columns are {found}{advice}")
+        return self.values[column]
+
+    def text(self, column: str, advice: str = "") -> str:
+        """Returns the one string in `column`, unchanged.
+
+        Raises:
+            DataError: The column is missing, is not a string, or holds only white space.
+        """
+        value = self.value(column, advice)
+        if not isinstance(value, str):
+            raise self.error(f"column {column!r} must hold a string, got {_json_type(value)}")
+        if not value.strip():
+            raise self.error(f"column {column!r} is empty; fill it in or remove the row")
+        return value
+
+    def texts(self, column: str, advice: str = "") -> tuple[str, ...]:
+        """Returns the string, or list of strings, in `column` as a tuple.
+
+        Blank strings in a list stand for absent texts (official reference files are padded that way) and
+        are left out.
+
+        Raises:
+            DataError: The column is missing, holds something else, or has no text in it.
+        """
+        value = self.value(column, advice)
+        if not isinstance(value, list):
+            return (self.text(column, advice),)
+        wrong = [item for item in value if not isinstance(item, str)]
+        if wrong:
+            raise self.error(f"column {column!r} must hold strings, got {_json_type(wrong[0])} in its list")
+        texts = tuple(item for item in value if item.strip())
+        if not texts:
+            raise self.error(f"column {column!r} has no text in its list; fill it in or remove the row")
+        return texts
+
+
+def iterate_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
+    """Yields the rows of a `.jsonl`, `.jsonl.gz` or `.csv` file in order; blank lines are skipped.
+
+    Args:
+        path: The file. CSV files need a header line. All files are UTF-8, with or without a byte order mark.
+
+    Raises:
+        DataError: The file is missing, has another suffix, is broken or has no rows.
+    """
+    path = Path(path)
+    reader = _reader_for(path)
+    if not path.is_file():
+        raise DataError(f"there is no file {path}; check the path")
+    empty = True
+    try:
+        for row in reader(path):
+            empty = False
+            yield row
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} could not be read as UTF-8 {_suffix(path)}: {error}") from error
+    if empty:
+        raise DataError(f"{path} has no rows; a data file needs at least one")
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig") as stream:
+        for line, text in enumerate(stream, start=1):
+            if text.strip():
+                yield Row(path, line, _json_object(path, line, text))
+
+
+def _json_object(path: Path, line: int, text: str) -> Mapping[str, object]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {line}: broken JSON at column {error.colno} ({error.msg}); "
+            "every line must be one JSON object"
+        ) from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path}, line {line}: every line must be a JSON object, got {_json_type(values)}")
+    return values
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        # strict: without it a quote that is never closed swallows the rest of the file without an error.
+        reader = csv.DictReader(stream, strict=True)
+        for values in reader:
+            cells = [*values.keys(), *values.values()]
+            if None in cells:
+                raise DataError(
+                    f"{path}, line {reader.line_num}: the row and the header differ in their number of cells "
+                    f"(header: {', '.join(map(repr, reader.fieldnames or ()))}); quote cells that hold commas"
+                )
+            yield Row(path, reader.line_num, values)
+
+
+_READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _jsonl_rows,
+    ".jsonl.gz": _jsonl_rows,
+    ".csv": _csv_rows,
+}
+
+
+def _suffix(path: Path) -> str | None:
+    return next((suffix for suffix in _READERS if path.name.endswith(suffix)), None)
+
+
+def _reader_for(path: Path) -> Callable[[Path], Iterator[Row]]:
+    suffix = _suffix(path)
+    if suffix is None:
+        raise DataError(
+            f"{path} is not a data file that can be read; its name must end in {_either(_READERS)}"
+        )
+    return _READERS[suffix]
+
+
+def _either(names: Mapping[str, object]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
+def _json_type(value: object) -> str:
+    """Names a JSON value's type as JSON does, for error messages."""
+    names = {bool: "a boolean", dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    return names.get(type(value), "a number")
