@@ -168,7 +168,7 @@ class PrefixLayer(PrefixTunerLayer):
         layer_idx = getattr(module, "layer_idx", None)
         cache = self._used_half(arguments.get(self._cache_argument))
         extent = Extent.of(next(iter(arguments.values())).shape[1], cache, layer_idx)
-        arguments[self._mask_argument] = self._mask(module, arguments, extent)
+        arguments[self._mask_argument] = self._mask(module, arguments, prefix_length, extent)
         if self._has_bias:
             arguments[BIAS_ARGUMENT] = bias_behind_prefix(
                 self._bias_owner[0], arguments.get(BIAS_ARGUMENT), prefix_length, extent
@@ -194,11 +194,11 @@ class PrefixLayer(PrefixTunerLayer):
             return None
         return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
-    def _mask(self, module: nn.Module, arguments: Arguments, extent: Extent) -> Any:
+    def _mask(self, module: nn.Module, arguments: Arguments, prefix_length: int, extent: Extent) -> Any:
         mask = arguments.get(self._mask_argument)
         if self._cross_attention:
-            return None if mask is None else prepend_visible(mask, self.length)
-        mask = mask_behind_prefix(mask, module, self.length, extent)
+            return None if mask is None else prepend_visible(mask, prefix_length)
+        mask = mask_behind_prefix(mask, module, prefix_length, extent)
         window = sliding_window(module)
         if window is None or not self._scrolls():
             return mask
@@ -208,7 +208,7 @@ class PrefixLayer(PrefixTunerLayer):
                 f"{type(module).__name__} is not told the positions of its tokens, so the prefix cannot scroll out "
                 "of its sliding window; use sliding_window='pin'."
             )
-        return scroll_out(mask, positions, self.length, window, extent)
+        return scroll_out(mask, positions, prefix_length, window, extent)
 
     def _scrolls(self) -> bool:
         choices = {self.hf_prefix_scrolls[name] for name in self.active_names(self.hf_prefix_encoder)}

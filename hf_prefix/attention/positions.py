@@ -58,7 +58,7 @@ def shift_positions(stack: nn.Module, arguments: dict[str, Any], offset: int) ->
 
 
 def _cached_length(arguments: dict[str, Any]) -> int | Tensor:
-    name = first_present(CACHE_ARGUMENTS, list(arguments))
+    name = first_present(CACHE_ARGUMENTS, arguments)
     cache = arguments[name] if name is not None else None
     past: int | Tensor = arguments.get(PAST_LENGTH_ARGUMENT, 0) if cache is None else cache.get_seq_length()
     return past
@@ -68,7 +68,7 @@ def _default_positions(arguments: dict[str, Any], past: int | Tensor) -> Tensor:
     tokens = arguments.get("input_ids")
     tokens = arguments["inputs_embeds"] if tokens is None else tokens
     places = torch.arange(tokens.shape[1], device=tokens.device) + past
-    name = first_present(MASK_ARGUMENTS, list(arguments))
+    name = first_present(MASK_ARGUMENTS, arguments)
     mask = arguments[name] if name is not None else None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return places[None]

@@ -5,9 +5,10 @@ inside it does; what it does with the cache is found out by running one token th
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -35,12 +36,18 @@ def text_config(stack: nn.Module) -> PreTrainedConfig:
     return cast(PreTrainedModel, stack).config.get_text_config()
 
 
-def forward_parameters(module: nn.Module) -> list[str]:
+def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     """Return the names of a module's forward parameters, in order.
 
     Read from the class, since libraries that offload weights wrap `forward` on the instance.
     """
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+    return _parameters(type(module).forward)
+
+
+@cache
+def _parameters(method: Callable[..., object]) -> tuple[str, ...]:
+    # Asked at every call of every attention module, and slow to find out.
+    return tuple(inspect.signature(method).parameters)[1:]
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +55,7 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return dict(zip(forward_parameters(module), args, strict=False)) | kwargs
 
 
-def first_present(names: tuple[str, ...], among: list[str]) -> str | None:
+def first_present(names: tuple[str, ...], among: Container[str]) -> str | None:
     """Return the first of `names` that occurs in `among`."""
     return next((name for name in names if name in among), None)
 

@@ -1,0 +1,48 @@
+"""Every Python block of the documentation runs, and what it says of commands is what CI does."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+from tiny_gpt2 import save_tiny_gpt2
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[str]:
+    """Return the Python blocks of a page."""
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A folder of that name is what from_pretrained finds first, so the code of the page runs unchanged.
+    save_tiny_gpt2(tmp_path / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    with warnings.catch_warnings():
+        # PEFT remarks on a model that was wrapped before; the pages show several wrappings of one model.
+        warnings.filterwarnings("ignore", message="(You are trying to modify a model|Already found a `peft_config`)")
+        for block in blocks(page):
+            exec(compile(block, str(page), "exec"), names)  # noqa: S102 - the blocks are ours
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    command = ci.strip().splitlines()[-1].replace("pip install -q", "pip install")
+    assert command in readme
+
+
+def test_pages_link_to_files_that_exist() -> None:
+    missing = [
+        f"{page.name}: {target}"
+        for page in PAGES
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8"))
+        if not (page.parent / target).exists()
+    ]
+    assert missing == []
