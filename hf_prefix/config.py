@@ -53,6 +53,8 @@ class PrefixConfig(PeftConfig):
         layers_pattern: Name of the module list that `layers_to_transform` counts in, for example "layers".
         modules_to_save: Modules of the base model that are trained and saved as well.
         trainable_token_indices: Must stay None; read by other libraries.
+        attention_modules: Filled in when the prefix is attached: kv_heads, key size and value size of each attention
+            module that got it. A saved prefix is attached only to a model that has exactly these.
         initialized: Written as true when the configuration is saved: a prefix attached from it waits for its
             weights instead of starting anew.
 
@@ -79,6 +81,7 @@ class PrefixConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
     trainable_token_indices: None = field(default=None)
+    attention_modules: dict[str, list[int]] | None = field(default=None)
     initialized: bool = field(default=False)
 
     def __post_init__(self) -> None:
@@ -132,7 +135,8 @@ class PrefixConfig(PeftConfig):
             raise PrefixError(f"prefix_init must be one of {list(get_args(PrefixInit))}, got {self.prefix_init!r}.")
         if self.sliding_window not in get_args(SlidingWindow):
             raise PrefixError(f"sliding_window must be 'pin' or 'scroll', got {self.sliding_window!r}.")
-        if not 0.0 <= self.prefix_dropout < 1.0:
+        dropout = self.prefix_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
             raise PrefixError(f"prefix_dropout must be at least 0 and less than 1, got {self.prefix_dropout!r}.")
 
     def _check_projection(self) -> None:
@@ -173,6 +177,11 @@ class PrefixConfig(PeftConfig):
         if self.trainable_token_indices is not None:
             raise PrefixError(
                 "trainable_token_indices is not supported with a prefix; use modules_to_save for the embedding."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise PrefixError(
+                f"layers_to_transform={self.layers_to_transform!r} has no effect beside the regular expression "
+                f"target_modules={self.target_modules!r}; name the layers in the expression."
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise PrefixError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")

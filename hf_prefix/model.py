@@ -9,12 +9,14 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_prefix.attention.layer import CHILD_NAME, PrefixLayer, PrefixTunerLayer
+from hf_prefix.attention.positions import positions_module
 from hf_prefix.attention.sites import AttentionSite, find_sites
 from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.config import PrefixConfig, Role
-from hf_prefix.errors import PrefixError, UnsupportedCallError, UnsupportedModelError
+from hf_prefix.errors import PrefixError, PrefixMismatchError, UnsupportedCallError, UnsupportedModelError
 from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, PrefixShape, PrefixTrunk, ProjectedPrefix
 from hf_prefix.prefix.initialization import Start, Starter
 from hf_prefix.registration import PARAMETER_PREFIX
@@ -68,6 +70,12 @@ class PrefixModel(BaseTuner):
             self._matcher = _matcher(sites, peft_config)
             self._sites = {site.name: site for site in sites}
             targets = [site for site in sites if self._check_target_module_exists(peft_config, site.name)]
+            # Refused before anything of ours hangs in the model.
+            for site in targets:
+                if _moves_positions(peft_config, site, model):
+                    positions_module(site.stack)
+            _check_layers(self._matcher, sites)
+            _check_modules(peft_config, targets)
             self._start: Start | None = None
             if not peft_config.initialized:
                 self._start = Starter(model, targets, peft_config).start()
@@ -94,7 +102,7 @@ class PrefixModel(BaseTuner):
         stack = self._stack(site)
         if adapter_name not in stack.hf_prefix_offset:
             trunk = _new_trunk(peft_config, site) if peft_config.prefix_projection else None
-            offset = _offset(peft_config, site, self.model.config.is_encoder_decoder)
+            offset = _length(peft_config) if _moves_positions(peft_config, site, self.model) else 0
             stack.update_layer(adapter_name, trunk, offset)
         trunk = stack.trunk(adapter_name) if peft_config.prefix_projection else None
         encoder = _new_encoder(peft_config, site, trunk)
@@ -205,6 +213,33 @@ def _matcher(sites: list[AttentionSite], config: PrefixConfig) -> PrefixConfig:
     return replace(config, target_modules=sorted({site.name.rpartition(".")[2] for site in sites}))
 
 
+def _check_layers(matcher: PrefixConfig, sites: list[AttentionSite]) -> None:
+    """Check that every layer that is asked for exists; PEFT leaves out unknown ones without a word."""
+    wanted = matcher.layers_to_transform
+    for layer in [wanted] if isinstance(wanted, int) else wanted or []:
+        only = replace(matcher, layers_to_transform=[layer], exclude_modules=None)
+        if not any(check_target_module_exists(only, site.name) for site in sites):
+            raise PrefixError(
+                f"layers_to_transform={wanted!r} asks for layer {layer}, but no attention module of the model is in a "
+                f"layer of that number; the modules are {[site.name for site in sites]}."
+            )
+
+
+def _check_modules(config: PrefixConfig, targets: list[AttentionSite]) -> None:
+    """Note which modules get the prefix; check that a saved prefix is attached to the same ones."""
+    found = {site.name: [site.heads, site.key_size, site.value_size] for site in targets}
+    noted = config.attention_modules
+    if config.initialized and noted is not None and noted != found:
+        differing = sorted(name for name in noted.keys() | found.keys() if noted.get(name) != found.get(name))
+        first = differing[0]
+        raise PrefixMismatchError(
+            f"The saved prefix is for another model: {len(differing)} attention modules differ; {first} was "
+            f"{noted.get(first)} [kv_heads, key size, value size] there and is {found.get(first)} here. Load it on "
+            "the base model that its adapter_config.json names."
+        )
+    config.attention_modules = found
+
+
 def _new_trunk(config: PrefixConfig, site: AttentionSite) -> PrefixTrunk:
     return PrefixTrunk(_length(config), site.model_size, config.hidden_size, config.initialized)
 
@@ -222,9 +257,7 @@ def _length(config: PrefixConfig) -> int:
     return config.num_virtual_tokens
 
 
-def _offset(config: PrefixConfig, site: AttentionSite, is_encoder_decoder: bool) -> int:
-    """Return by how much the positions of the site's stack move."""
-    if site.role != "decoder":
-        return 0
-    wanted = not is_encoder_decoder if config.offset_positions is None else config.offset_positions
-    return _length(config) if wanted else 0
+def _moves_positions(config: PrefixConfig, site: AttentionSite, model: PreTrainedModel) -> bool:
+    """Whether real tokens stand behind the prefix in the site's stack."""
+    wanted = not model.config.is_encoder_decoder if config.offset_positions is None else config.offset_positions
+    return site.role == "decoder" and site.bias_owner is None and wanted

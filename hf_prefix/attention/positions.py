@@ -10,6 +10,7 @@ from hf_prefix.attention.sites import (
     MASK_ARGUMENTS,
     PAST_LENGTH_ARGUMENT,
     POSITIONS_ARGUMENT,
+    counts_positions_from_padding,
     first_present,
     forward_parameters,
     position_table,
@@ -22,8 +23,13 @@ def positions_module(stack: nn.Module) -> nn.Module:
     """Return the module whose `position_ids` decide where tokens stand: the stack, or its table of positions.
 
     Raises:
-        UnsupportedModelError: Neither takes any.
+        UnsupportedModelError: Neither takes any, or positions are counted in a way that is not known.
     """
+    if counts_positions_from_padding(stack):
+        raise UnsupportedModelError(
+            f"{type(stack).__name__} counts positions from its padding index on, and differently in generate; real "
+            "tokens cannot be placed after a prefix there yet. Use another decoder, or set offset_positions=False."
+        )
     if POSITIONS_ARGUMENT in forward_parameters(stack):
         return stack
     for child in stack.children():

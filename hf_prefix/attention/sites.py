@@ -246,7 +246,7 @@ def position_table(stack: nn.Module) -> nn.Embedding | None:
     """Return the table of learned absolute positions of a stack, or None."""
     config = text_config(stack)
     limit = getattr(config, "max_position_embeddings", None)
-    tokens = cast(PreTrainedModel, stack).get_input_embeddings()
+    tokens = _token_embedding(stack)
     for child in stack.children():
         # Some families put one or two unused rows in front of the table.
         if not isinstance(child, nn.Embedding) or child is tokens or limit is None:
@@ -254,6 +254,17 @@ def position_table(stack: nn.Module) -> nn.Embedding | None:
         if limit <= child.num_embeddings <= limit + 2:
             return child
     return None
+
+
+def counts_positions_from_padding(stack: nn.Module) -> bool:
+    """Whether a stack derives positions from its input in the way of RoBERTa: the first is padding_idx + 1."""
+    limit, tokens = getattr(text_config(stack), "max_position_embeddings", None), _token_embedding(stack)
+    tables = (module for module in stack.modules() if isinstance(module, nn.Embedding) and module is not tokens)
+    return any(table.padding_idx is not None and table.num_embeddings == limit for table in tables)
+
+
+def _token_embedding(stack: nn.Module) -> nn.Module:
+    return cast(nn.Module, cast(PreTrainedModel, stack).get_input_embeddings())
 
 
 def _candidates(model: nn.Module) -> Iterator[nn.Module]:

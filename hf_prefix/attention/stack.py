@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from hf_prefix.attention.layer import Arguments, HookResult, PrefixTunerLayer
@@ -52,12 +53,21 @@ class PrefixStack(PrefixTunerLayer):
             self._shifts_positions = True
         self.hf_prefix_offset[adapter_name] = offset
         if trunk is not None:
-            self.hf_prefix_trunk[adapter_name] = trunk.to(next(self._stack[0].parameters()).device)
+            self.hf_prefix_trunk[adapter_name] = trunk
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
     def trunk(self, adapter_name: str) -> PrefixTrunk:
         """Return the shared part of a prefix's MLP."""
         return cast(PrefixTrunk, self.hf_prefix_trunk[adapter_name])
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Also called by PEFT once the weights are in place of those on the meta device.
+        if adapter_name not in self.hf_prefix_trunk:
+            return
+        trunk = self.trunk(adapter_name)
+        if not any(parameter.is_meta for parameter in trunk.parameters()):
+            trunk.to(device or next(self._stack[0].parameters()).device)
 
     def begin_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Let the trunks be evaluated anew, once, in the forward pass that begins."""

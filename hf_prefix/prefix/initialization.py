@@ -107,6 +107,13 @@ class Starter:
         return (token_ids * wanted)[:wanted]
 
     def _activations(self, token_ids: list[int]) -> Start:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        unknown = [token_id for token_id in token_ids if not 0 <= token_id < vocabulary]
+        if unknown:
+            raise PrefixError(
+                f"Token id {unknown[0]} is outside the model's vocabulary of {vocabulary}; use the model's own "
+                "tokenizer."
+            )
         tokens = torch.tensor([token_ids], device=self.model.device)
         recorded = record_states(self.model, tokens)
         return {
@@ -136,10 +143,16 @@ def _cached_states(cache: Cache, site: AttentionSite) -> KeyValuePrefix:
         )
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.cross_attention_cache if site.role == "cross" else cache.self_attention_cache
-    layer = cache.layers[site.module.layer_idx]
-    if layer.keys is None or layer.keys.shape[0] != 1:
-        rows = 0 if layer.keys is None else layer.keys.shape[0]
-        raise PrefixError(f"A prefix starts from a cache of one row, got one of {rows} rows.")
+    layers = cache.layers
+    index = int(site.module.layer_idx)  # type: ignore[arg-type]
+    layer = layers[index] if index < len(layers) else None
+    if layer is None or layer.keys is None:
+        raise PrefixError(
+            f"The cache holds nothing for {site.name}, layer {index} of the model; it has "
+            f"{len(layers)} layers. Fill it with the base model first."
+        )
+    if layer.keys.shape[0] != 1:
+        raise PrefixError(f"A prefix starts from a cache of one row, got one of {layer.keys.shape[0]} rows.")
     length = int(layer.get_seq_length())
     return KeyValuePrefix(layer.keys[0, :, :length], layer.values[0, :, :length])
 

@@ -35,6 +35,8 @@ def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
             f"{folder!r} holds no keys and values of a prefix. If it was saved with its projection, load it, call "
             "fold_prefix(model) and save it again."
         )
+    for name, tensor in weights.items():
+        _check_numbers(name, tensor)
     return {
         name.removeprefix(SAVED_PREFIX): KeyValuePrefix(weights[name + SAVED_KEY], weights[name + SAVED_VALUE])
         for name in names
@@ -65,11 +67,15 @@ def check_fits(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
                 f"The saved prefix is for another model: {name} has shape {shape}, this model needs {wanted}. Load "
                 "it on the base model that its adapter_config.json names."
             )
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise PrefixMismatchError(
-                f"The saved prefix is damaged: {name} ({tensor.dtype}) holds values that are no finite numbers. "
-                "Download or train it again."
-            )
+        _check_numbers(name, tensor)
+
+
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        raise PrefixMismatchError(
+            f"The saved prefix is damaged: {name} ({tensor.dtype}) holds values that are no finite numbers. "
+            "Download or train it again."
+        )
 
 
 def _first(names: list[str]) -> str:
