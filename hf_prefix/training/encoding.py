@@ -1,0 +1,197 @@
+"""Turns (source, target) pairs into token ids, the same way for training and for decoding."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from hf_prefix.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = -100
+"""Label of positions that the loss leaves out; the value that transformers and PyTorch use."""
+
+DEFAULT_PROMPT_TEMPLATE = "{source}\n"
+"""What a decoder-only model reads before the target: the source and a line break, nothing else."""
+
+_SOURCE = "{source}"
+
+
+class EncodedPair(TypedDict):
+    """One training example as token ids, not padded.
+
+    Attributes:
+        input_ids: Decoder-only: prompt, target and end token. Encoder-decoder: the source for the encoder.
+        labels: Decoder-only: as `input_ids`, with `IGNORE_INDEX` on the prompt. Encoder-decoder: the target
+            and end token.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class PairEncoder:
+    """Encodes prompts and targets separately and joins their ids.
+
+    Tokenised apart, a prompt has the same ids in training and in decoding; tokenised as one text, the last
+    prompt token could merge with the first target token.
+
+    Args:
+        tokenizer: Tokenizer of the base model.
+        is_encoder_decoder: Whether the model reads the source in an encoder of its own.
+        max_length: Most tokens a pair may have: prompt, target and end token together in a decoder-only
+            model, each side alone in an encoder-decoder model. None: no limit.
+        prompt_template: Text around the source; `{source}` stands for it. None: `DEFAULT_PROMPT_TEMPLATE` for
+            decoder-only models, the bare source for encoder-decoder models.
+
+    Raises:
+        DataError: The template has no `{source}`, or the tokenizer has no end-of-sequence token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    is_encoder_decoder: bool = False
+    max_length: int | None = None
+    prompt_template: str | None = None
+    _template: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        template = self.prompt_template
+        if template is None:
+            template = _SOURCE if self.is_encoder_decoder else DEFAULT_PROMPT_TEMPLATE
+        if _SOURCE not in template:
+            raise DataError(f"The prompt template must contain {_SOURCE!r}, got {template!r}.")
+        if self.tokenizer.eos_token_id is None:
+            raise DataError(
+                f"The tokenizer {self.tokenizer.name_or_path!r} has no end-of-sequence token, so the model "
+                "could not learn where a text ends. Set one, for example tokenizer.eos_token = '</s>'."
+            )
+        object.__setattr__(self, "_template", template)
+
+    def encode_prompts(self, sources: Sequence[str]) -> list[list[int]]:
+        """Return the ids that the model reads before the target, one list per source.
+
+        Args:
+            sources: The source texts.
+        """
+        rows = self._tokenize([self._template.replace(_SOURCE, source) for source in sources], special=True)
+        return rows if self.is_encoder_decoder else [self._without_end(row) for row in rows]
+
+    def encode_targets(self, targets: Sequence[str]) -> list[list[int]]:
+        """Return the ids that the model is to produce, end token included, one list per target.
+
+        Args:
+            targets: The target texts.
+        """
+        end = self.tokenizer.eos_token_id
+        # Encoder-decoder tokenizers add their own frame (BART: <s> ... </s>), which the model was trained on.
+        rows = self._tokenize(targets, special=self.is_encoder_decoder, as_target=True)
+        return [[*self._without_end(row), end] for row in rows]
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, skip_too_long: bool = False) -> list[EncodedPair]:
+        """Encode pairs for training.
+
+        Args:
+            pairs: Source and target texts.
+            skip_too_long: Leave out pairs longer than `max_length`, and log how many, instead of raising.
+
+        Returns:
+            One example per pair that fits.
+
+        Raises:
+            DataError: There is no pair, or none that fits, or one is longer than `max_length` and
+                `skip_too_long` is off. Nothing is ever truncated.
+        """
+        if not pairs:
+            raise DataError("There is no training pair: got an empty list of (source, target) pairs.")
+        prompts = self.encode_prompts([source for source, _ in pairs])
+        targets = self.encode_targets([target for _, target in pairs])
+        encoded: list[EncodedPair] = []
+        for index, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+            length = self._length(prompt, target)
+            if self.max_length is None or length <= self.max_length:
+                encoded.append(self._join(prompt, target))
+            elif not skip_too_long:
+                raise DataError(self._too_long(index, length))
+        if not encoded:
+            raise DataError(f"All {len(pairs)} pairs are longer than the limit of {self.max_length} tokens.")
+        if len(encoded) < len(pairs):
+            logger.warning(
+                "Left out %d of %d pairs that are longer than %d tokens.",
+                len(pairs) - len(encoded),
+                len(pairs),
+                self.max_length,
+            )
+        return encoded
+
+    def _tokenize(self, texts: Sequence[str], *, special: bool, as_target: bool = False) -> list[list[int]]:
+        side = {"text_target": list(texts)} if as_target else {"text": list(texts)}
+        # verbose=False: lengths are checked here against the model, not against the tokenizer's own default.
+        encoded = self.tokenizer(**side, add_special_tokens=special, verbose=False)
+        rows: list[list[int]] = encoded["input_ids"]
+        return rows
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """Drop the end token that some tokenizers put on every text: a prompt goes on after it."""
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def _length(self, prompt: list[int], target: list[int]) -> int:
+        return max(len(prompt), len(target)) if self.is_encoder_decoder else len(prompt) + len(target)
+
+    def _join(self, prompt: list[int], target: list[int]) -> EncodedPair:
+        if self.is_encoder_decoder:
+            return {"input_ids": prompt, "labels": target}
+        return {"input_ids": prompt + target, "labels": [IGNORE_INDEX] * len(prompt) + target}
+
+    def _too_long(self, index: int, length: int) -> str:
+        return (
+            f"Pair {index} (counted from 0) has {length} tokens, but the limit is {self.max_length}. Shorten "
+            "it, leave such pairs out with --skip-too-long (skip_too_long=True), or raise --max-length "
+            "(max_length) if the model's context allows it. Nothing is truncated silently."
+        )
+
+
+def context_length(config: PretrainedConfig, num_virtual_tokens: int = 0) -> int | None:
+    """Return how many real tokens a model can take.
+
+    A decoder-only model counts the prefix as positions 0 to P-1; an encoder-decoder model does not.
+
+    Args:
+        config: Configuration of the base model.
+        num_virtual_tokens: Length P of the prefix.
+
+    Returns:
+        The number of tokens, or None where the model has no limit of its own (relative positions, as in T5).
+    """
+    limit: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    return limit if config.is_encoder_decoder else limit - num_virtual_tokens
+
+
+def resolve_pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that fills up a batch: the pad token, else the end token.
+
+    Padding is always masked out and its label ignored, so the end token is as good as any. The tokenizer is
+    not changed.
+
+    Args:
+        tokenizer: Tokenizer of the base model.
+
+    Raises:
+        DataError: It has neither.
+    """
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is not None:
+        return int(pad)
+    if end is None:
+        raise DataError(
+            f"The tokenizer {tokenizer.name_or_path!r} has neither a pad token nor an end-of-sequence token, "
+            "so texts of unequal length cannot share a batch. Set one, for example "
+            "tokenizer.pad_token = '<pad>'."
+        )
+    logger.warning("The tokenizer has no pad token; padding with %r, masked out.", tokenizer.eos_token)
+    return int(end)

@@ -1,0 +1,85 @@
+"""A thin `transformers.Trainer`: logits only where there are labels, and no silent divergence."""
+
+import inspect
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer
+
+from hf_prefix.errors import TrainingError
+from hf_prefix.training.encoding import IGNORE_INDEX
+
+
+class PrefixTrainer(Trainer):
+    """`transformers.Trainer` with two differences; plain `Trainer` trains a prefix as well.
+
+    1. In training, a decoder-only model computes logits only for the rightmost columns, which hold labels.
+       With a short target after a long source and a large vocabulary, most of the output layer's work and
+       memory is for positions that the loss ignores. The loss is the model's own and has the same value.
+    2. A loss that is not finite raises `TrainingError` before it reaches the parameters.
+
+    Arguments, methods and checkpoints are those of `Trainer`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._can_keep_logits = _accepts_logits_to_keep(self.model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss as `Trainer.compute_loss` does.
+
+        Args:
+            model: The model, possibly wrapped.
+            inputs: The batch.
+            return_outputs: Whether the outputs are wanted too; all logits are then computed.
+            num_items_in_batch: Labels in the whole accumulated batch, for normalisation.
+
+        Raises:
+            TrainingError: The model is training and the loss is not finite.
+        """
+        if self._can_keep_logits and not return_outputs and "labels" in inputs:
+            inputs = _keep_labelled_logits(inputs)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if model.training and not bool(torch.isfinite(loss).all()):
+            raise TrainingError(self._describe_divergence(loss))
+        return result
+
+    def _describe_divergence(self, loss: Tensor) -> str:
+        return (
+            f"The loss is {loss.detach().float().mean().item()} at step {self.state.global_step + 1} "
+            f"(learning rate {self._get_learning_rate():.3g}). Likely causes: the learning rate is too high "
+            "(try a tenth), float16 overflowed (use bfloat16 or float32), or a batch holds no target token. "
+            "The prefix was not changed by this step."
+        )
+
+
+def _accepts_logits_to_keep(model: nn.Module) -> bool:
+    """Whether the model is decoder-only and can leave out logits: its forward says so."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = getattr(base, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        return False
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def _keep_labelled_logits(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Cut the labels to the columns from just before the first labelled one, and ask for as many logits.
+
+    Position i predicts label i+1, hence one column more than the labelled span.
+    """
+    labels: Tensor = inputs["labels"]
+    labelled_columns = labels.ne(IGNORE_INDEX).any(dim=0).nonzero()
+    if len(labelled_columns) == 0:
+        return inputs
+    width = labels.shape[-1]
+    keep = min(width, width - int(labelled_columns[0]) + 1)
+    return {**inputs, "labels": labels[..., -keep:], "logits_to_keep": keep}
