@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+
 from hf_prefix.demo import SPLITS, load_demo
 from hf_prefix.errors import DataError
 from hf_prefix.tasks import Record, training_pairs
@@ -64,10 +65,7 @@ def test_sizes(split: str, records: int, fewest: int, most: int):
 
 
 def test_the_files_are_small():
-    assert (
-        sum(len(files("hf_prefix.demo").joinpath(f"{split}.jsonl").read_bytes()) for split in SPLITS)
-        < 250_000
-    )
+    assert sum(len(files("hf_prefix.demo").joinpath(f"{split}.jsonl").read_bytes()) for split in SPLITS) < 250_000
 
 
 def test_unknown_split():

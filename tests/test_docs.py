@@ -5,12 +5,23 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from tiny_gpt2 import save_tiny_gpt2
+from tiny_model import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def save_tiny_gpt2(folder: Path) -> None:
+    """Save a two-layer GPT-2 with random weights, and a tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    config = GPT2Config(vocab_size=len(tiny_tokenizer()), **sizes, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
 
 
 def blocks(page: Path) -> list[str]:
@@ -27,6 +38,8 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
     with warnings.catch_warnings():
         # PEFT remarks on a model that was wrapped before; the pages show several wrappings of one model.
         warnings.filterwarnings("ignore", message="(You are trying to modify a model|Already found a `peft_config`)")
+        # Trainer's default suits a GPU, which the machine of a reader may have.
+        warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
         for block in blocks(page):
             exec(compile(block, str(page), "exec"), names)  # noqa: S102 - the blocks are ours
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hf_prefix.errors import DataError
 from hf_prefix.metrics import corpus_bleu
 
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "metrics"
-needs_official = pytest.mark.skipif(
-    not OFFICIAL.is_dir(), reason=f"the official metric outputs are not at {OFFICIAL}"
-)
+needs_official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"the official metric outputs are not at {OFFICIAL}")
 
 
 @pytest.mark.parametrize(
@@ -54,9 +53,7 @@ def test_a_score_shows_its_parts():
     score = corpus_bleu(["a b c d x"], [["a b c d y z"]])
     assert score.precisions == pytest.approx((80.0, 75.0, 200 / 3, 50.0))
     assert score.brevity_penalty == pytest.approx(math.exp(1 - 6 / 5))
-    assert str(score) == (
-        f"BLEU {score.score:.2f} (80.0/75.0/66.7/50.0, brevity penalty 0.819; {score.signature})"
-    )
+    assert str(score) == (f"BLEU {score.score:.2f} (80.0/75.0/66.7/50.0, brevity penalty 0.819; {score.signature})")
     assert score.signature.startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 
 

@@ -295,7 +295,9 @@ SUBSETS: list[tuple[Family, dict[str, Any], set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "options", "modules"), SUBSETS, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(
+    ("family", "options", "modules"), SUBSETS, ids=[f"{family.name}-{options}" for family, options, _ in SUBSETS]
+)
 def test_prefix_acts_only_where_it_is_asked_for(
     family: Family, options: dict[str, Any], modules: set[str], projection: bool, tmp_path: Path
 ) -> None:

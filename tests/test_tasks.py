@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from hf_prefix.errors import DataError
 from hf_prefix.tasks import (
+    E2E,
     TASK_FORMATS,
+    WEBNLG,
     Record,
     linearize_slots,
     linearize_triples,
-    load_e2e,
     load_task_folder,
-    load_webnlg,
     read_records,
     recognize_format,
     training_pairs,
@@ -160,9 +161,7 @@ def test_linearize_triples(triples: list[list[str]], expected: str):
 
 def test_linearize_slots_keeps_names_and_values():
     slots = [["name", "The Tin Owl"], ["customer rating", "5 out of 5"], ["familyFriendly", "yes"]]
-    assert (
-        linearize_slots(slots) == "name : The Tin Owl | customer rating : 5 out of 5 | familyFriendly : yes"
-    )
+    assert linearize_slots(slots) == "name : The Tin Owl | customer rating : 5 out of 5 | familyFriendly : yes"
 
 
 class TestTaskFolders:
@@ -172,55 +171,53 @@ class TestTaskFolders:
         rows = [webnlg_row(), webnlg_row(comments=["toFix", "toFix"])]
         write_gzip_rows(tmp_path / "train.jsonl.gz", rows)
         source = "Tin Owl : city served : Fenwick, Upper"
-        assert load_webnlg(tmp_path, "train") == [Record(source, ("It serves Fenwick.",), "seen")]
+        assert WEBNLG.load(tmp_path, "train") == [Record(source, ("It serves Fenwick.",), "seen")]
 
     def test_webnlg_evaluates_on_all_references_and_tells_the_group(self, tmp_path: Path):
         write_gzip_rows(tmp_path / "test_unseen.jsonl.gz", [webnlg_row(seen=False)])
-        (record,) = load_webnlg(tmp_path, "test_unseen")
+        (record,) = WEBNLG.load(tmp_path, "test_unseen")
         assert record.references == ("It serves Fenwick.", "Serve Fenwick.")
         assert record.group == "unseen"
 
     def test_e2e_from_a_file_that_is_not_compressed(self, tmp_path: Path):
         write(tmp_path / "dev.jsonl", json.dumps(e2e_row()))
-        assert load_e2e(tmp_path, "dev") == [Record("name : Tin Owl | eatType : pub", ("A pub.",))]
+        assert E2E.load(tmp_path, "dev") == [Record("name : Tin Owl | eatType : pub", ("A pub.",))]
 
     def test_formats_are_recognised_by_columns_not_only_by_file_names(self, tmp_path: Path):
         for name, row in (("webnlg", webnlg_row()), ("e2e", e2e_row())):
             (tmp_path / name).mkdir()
             write_gzip_rows(tmp_path / name / "dev.jsonl.gz", [row])
             assert recognize_format(tmp_path / name).name == name
-        assert load_task_folder(tmp_path / "e2e", "dev") == load_e2e(tmp_path / "e2e", "dev")
-        assert load_task_folder(tmp_path / "webnlg", "dev") == load_webnlg(tmp_path / "webnlg", "dev")
+        assert load_task_folder(tmp_path / "e2e", "dev") == E2E.load(tmp_path / "e2e", "dev")
+        assert load_task_folder(tmp_path / "webnlg", "dev") == WEBNLG.load(tmp_path / "webnlg", "dev")
 
     def test_format_names_and_linearizations_are_distinct_and_usable(self, tmp_path: Path):
         assert len({task_format.name for task_format in TASK_FORMATS}) == len(TASK_FORMATS)
         write_gzip_rows(tmp_path / "dev.jsonl.gz", [e2e_row()])
-        assert load_e2e(tmp_path, "dev", linearization="words") == load_e2e(tmp_path, "dev")
+        assert E2E.load(tmp_path, "dev", linearization="words") == E2E.load(tmp_path, "dev")
 
     def test_a_limit_draws_a_seeded_sample(self, tmp_path: Path):
         write_gzip_rows(tmp_path / "train.jsonl.gz", [e2e_row(str(number)) for number in range(50)])
-        everything = load_e2e(tmp_path, "train")
+        everything = E2E.load(tmp_path, "train")
         sample = load_task_folder(tmp_path, "train", limit_entries=10, seed=3)
         assert sample == random.Random(3).sample(everything, 10)  # noqa: S311
-        assert sample != load_e2e(tmp_path, "train", limit_entries=10, seed=4)
-        assert sorted(map(repr, load_e2e(tmp_path, "train", limit_entries=50))) == sorted(
-            map(repr, everything)
-        )
+        assert sample != E2E.load(tmp_path, "train", limit_entries=10, seed=4)
+        assert sorted(map(repr, E2E.load(tmp_path, "train", limit_entries=50))) == sorted(map(repr, everything))
 
     @pytest.mark.parametrize("limit", [0, -1, 3])
     def test_a_limit_that_cannot_be_met(self, tmp_path: Path, limit: int):
         write_gzip_rows(tmp_path / "dev.jsonl.gz", [e2e_row(), e2e_row()])
         with pytest.raises(DataError, match=rf"from 1 to the 2 records of .*dev\.jsonl\.gz, got {limit}"):
-            load_e2e(tmp_path, "dev", limit_entries=limit)
+            E2E.load(tmp_path, "dev", limit_entries=limit)
 
     def test_unknown_split_linearization_and_file(self, tmp_path: Path):
         write_gzip_rows(tmp_path / "dev.jsonl.gz", [e2e_row()])
         with pytest.raises(DataError, match="e2e has no split 'test_seen'; its splits are train, dev, test"):
             load_task_folder(tmp_path, "test_seen")
         with pytest.raises(DataError, match="e2e has no linearization 'tokens'; it has words"):
-            load_e2e(tmp_path, "dev", linearization="tokens")
+            E2E.load(tmp_path, "dev", linearization="tokens")
         with pytest.raises(DataError, match=r"has no train\.jsonl\.gz, which e2e needs for split 'train'"):
-            load_e2e(tmp_path, "train")
+            E2E.load(tmp_path, "train")
 
     def test_folders_without_a_known_format(self, tmp_path: Path):
         with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
@@ -247,7 +244,7 @@ class TestTaskFolders:
     def test_rows_that_do_not_have_the_format(self, tmp_path: Path, row: dict, message: str):
         write_gzip_rows(tmp_path / "train.jsonl.gz", [row])
         with pytest.raises(DataError, match=message):
-            load_webnlg(tmp_path, "train")
+            WEBNLG.load(tmp_path, "train")
 
 
 @needs_corpora
