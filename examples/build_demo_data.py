@@ -244,9 +244,7 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parents[1] / "hf_prefix" / "demo"
     parser.add_argument("--output", type=Path, default=default, help="an existing folder")
     main(parser.parse_args().output)

@@ -32,10 +32,7 @@ class BleuScore:
 
     def __str__(self) -> str:
         precisions = "/".join(f"{precision:.1f}" for precision in self.precisions)
-        return (
-            f"BLEU {self.score:.2f} ({precisions}, brevity penalty {self.brevity_penalty:.3f}; "
-            f"{self.signature})"
-        )
+        return f"BLEU {self.score:.2f} ({precisions}, brevity penalty {self.brevity_penalty:.3f}; {self.signature})"
 
 
 def corpus_bleu(
@@ -82,8 +79,7 @@ def _metric(lowercase: bool) -> BLEU:
 def _check_rows(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if len(hypotheses) != len(references):
         raise DataError(
-            f"got {len(hypotheses)} hypotheses and {len(references)} rows of references; "
-            "each hypothesis needs its row"
+            f"got {len(hypotheses)} hypotheses and {len(references)} rows of references; each hypothesis needs its row"
         )
     if not hypotheses:
         raise DataError("got no hypotheses; BLEU needs at least one")

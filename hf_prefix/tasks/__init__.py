@@ -1,6 +1,6 @@
 """Tasks: where inputs and references come from, in one form (`Record`) for all of them."""
 
-from hf_prefix.tasks.data_to_text import E2E, WEBNLG, load_e2e, load_webnlg
+from hf_prefix.tasks.data_to_text import E2E, WEBNLG
 from hf_prefix.tasks.folders import TASK_FORMATS, load_task_folder, recognize_format
 from hf_prefix.tasks.linearization import linearize_slots, linearize_triples
 from hf_prefix.tasks.records import Record, read_records, training_pairs
@@ -14,9 +14,7 @@ __all__ = [
     "TaskFormat",
     "linearize_slots",
     "linearize_triples",
-    "load_e2e",
     "load_task_folder",
-    "load_webnlg",
     "read_records",
     "recognize_format",
     "training_pairs",

@@ -1,11 +1,6 @@
 """Data-to-text corpora: WebNLG 2017 (triples) and E2E (slots) as task formats."""
 
-from __future__ import annotations
-
-import os
-
 from hf_prefix.tasks.linearization import slots_source, triples_source
-from hf_prefix.tasks.records import Record
 from hf_prefix.tasks.rows import Row
 from hf_prefix.tasks.task_format import TaskFormat
 
@@ -52,52 +47,3 @@ E2E = TaskFormat(
     references=_e2e_references,
     group=_no_group,
 )
-
-
-def load_webnlg(
-    folder: str | os.PathLike[str],
-    split: str,
-    *,
-    linearization: str | None = None,
-    limit_entries: int | None = None,
-    seed: int = 0,
-) -> list[Record]:
-    """Reads a split of WebNLG 2017 (Gardent et al. 2017): `train`, `dev`, `test_seen` or `test_unseen`.
-
-    Training records keep the references that the corpus marks "good" (entries without any are left out);
-    the other splits keep all references. `group` is "seen" or "unseen", by the entry's category.
-
-    Args:
-        folder: Holds `<split>.jsonl.gz` with rows {triples, references, comments, seen}.
-        split: The split.
-        linearization: "words" (`subject : property words : object | …`), which None means too.
-        limit_entries: Size of a random sample of the records; None takes all, in the order of the file.
-        seed: Seed of that sample.
-
-    Raises:
-        DataError: As `TaskFormat.load`.
-    """
-    return WEBNLG.load(folder, split, linearization=linearization, limit_entries=limit_entries, seed=seed)
-
-
-def load_e2e(
-    folder: str | os.PathLike[str],
-    split: str,
-    *,
-    linearization: str | None = None,
-    limit_entries: int | None = None,
-    seed: int = 0,
-) -> list[Record]:
-    """Reads a split of E2E (Novikova et al. 2017): `train`, `dev` or `test`, one record per meaning.
-
-    Args:
-        folder: Holds `<split>.jsonl.gz` with rows {slots, references}.
-        split: The split.
-        linearization: "words" (`name : X | eatType : pub | …`), which None means too.
-        limit_entries: Size of a random sample of the records; None takes all, in the order of the file.
-        seed: Seed of that sample.
-
-    Raises:
-        DataError: As `TaskFormat.load`.
-    """
-    return E2E.load(folder, split, linearization=linearization, limit_entries=limit_entries, seed=seed)

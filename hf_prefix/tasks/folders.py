@@ -52,6 +52,4 @@ def load_task_folder(
         DataError: As `recognize_format` and `TaskFormat.load`.
     """
     task_format = recognize_format(folder)
-    return task_format.load(
-        folder, split, linearization=linearization, limit_entries=limit_entries, seed=seed
-    )
+    return task_format.load(folder, split, linearization=linearization, limit_entries=limit_entries, seed=seed)

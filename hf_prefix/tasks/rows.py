@@ -154,9 +154,7 @@ def _suffix(path: Path) -> str | None:
 def _reader_for(path: Path) -> Callable[[Path], Iterator[Row]]:
     suffix = _suffix(path)
     if suffix is None:
-        raise DataError(
-            f"{path} is not a data file that can be read; its name must end in {_either(_READERS)}"
-        )
+        raise DataError(f"{path} is not a data file that can be read; its name must end in {_either(_READERS)}")
     return _READERS[suffix]
 
 

@@ -80,9 +80,7 @@ class TaskFormat:
             raise DataError(f"{self.name} has no split {split!r}; its splits are {', '.join(self.splits)}")
         path = _find_file(Path(folder), split)
         if path is None:
-            raise DataError(
-                f"{folder} has no {split}{_SUFFIXES[0]}, which {self.name} needs for split {split!r}"
-            )
+            raise DataError(f"{folder} has no {split}{_SUFFIXES[0]}, which {self.name} needs for split {split!r}")
         linearize = self._linearization(linearization)
         records = list(self._records(path, split, linearize))
         if not records:
