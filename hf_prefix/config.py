@@ -45,7 +45,8 @@ class PrefixConfig(PeftConfig):
         sliding_window: What layers with a sliding window do. "pin": every position sees the whole prefix (the
             paper's definition). "scroll": the prefix leaves the window as a real prompt would.
         offset_positions: Whether real tokens come after the prefix, at positions P, P+1, ... None: yes in
-            decoder-only models, no in encoder-decoder models (both as in the paper).
+            decoder-only models, no in encoder-decoder models (both as in the paper). With relative positions (T5)
+            the prefix always comes before the sequence, and False is refused.
         target_modules: Restricts the prefix to these attention modules (suffixes or one regular expression);
             None means every attention module of the roles.
         exclude_modules: Attention modules that get no prefix (suffixes or one regular expression).

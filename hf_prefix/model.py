@@ -259,5 +259,13 @@ def _length(config: PrefixConfig) -> int:
 
 def _moves_positions(config: PrefixConfig, site: AttentionSite, model: PreTrainedModel) -> bool:
     """Whether real tokens stand behind the prefix in the site's stack."""
-    wanted = not model.config.is_encoder_decoder if config.offset_positions is None else config.offset_positions
-    return site.role == "decoder" and site.bias_owner is None and wanted
+    if site.role != "decoder":
+        return False
+    if site.bias_owner is not None:
+        if config.offset_positions is False:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has relative positions, and a prefix always stands before the sequence; "
+                "leave offset_positions out."
+            )
+        return False
+    return not model.config.is_encoder_decoder if config.offset_positions is None else config.offset_positions

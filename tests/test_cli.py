@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -524,31 +526,36 @@ def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch: pytest.Monke
 # In a process of its own
 
 
-def process(*arguments: object) -> subprocess.Popen[str]:
+@contextmanager
+def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a command beside the test, and end it with the test."""
     command = [sys.executable, "-m", "hf_prefix.cli", *(str(argument) for argument in arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
 
 
 def test_control_c_leaves_a_prefix_that_loads(gpt2: Path, data: Path, tmp_path: Path):
     prefix = tmp_path / "prefix"
     steps = 4000
-    training = process(
-        "train", "--model", gpt2, "--data", data, "--output", prefix, "--max-steps", steps, "--dtype", "float32"
-    )
-    seen = ""
-    while training.poll() is None and "step 200/4000" not in seen:
-        seen += training.stderr.readline()
-    training.send_signal(signal.SIGINT)
-    output, errors = training.communicate(timeout=120)
+    options = ["--data", data, "--output", prefix, "--max-steps", steps, "--dtype", "float32"]
+    with process("train", "--model", gpt2, *options) as training:
+        seen = ""
+        while training.poll() is None and "step 200/4000" not in seen:
+            seen += training.stderr.readline()
+        training.send_signal(signal.SIGINT)
+        output, errors = training.communicate(timeout=300)
     assert training.returncode == INTERRUPTED, seen + errors
     assert "the prefix learned so far is in" in errors
     assert "Traceback" not in errors
     metrics = json.loads((prefix / "metrics.json").read_text())
     assert metrics["interrupted"]
-    assert metrics["steps"] == len(metrics["losses"])
-    assert metrics["steps"] < steps
-    generation = process("generate", "--prefix", prefix, "name : A", "--max-new-tokens", 2)
-    output, errors = generation.communicate(timeout=120)
+    assert metrics["steps"] == len(metrics["losses"]) < steps
+    with process("generate", "--prefix", prefix, "name : A", "--max-new-tokens", 2) as generation:
+        output, errors = generation.communicate(timeout=300)
     assert (generation.returncode, len(output.splitlines())) == (0, 1), errors
     assert [path.name for path in tmp_path.iterdir()] == ["prefix"]

@@ -26,7 +26,7 @@ from matrix import (
 )
 
 PROMPT_TOLERANCE = 1e-4
-"""Largest difference of logits that the guarantee allows in float32. Reached: 5e-6."""
+"""Largest difference of logits that the guarantee allows in float32. Reached: 3e-6."""
 
 
 # --- Off is the base model -----------------------------------------------------------------------------------

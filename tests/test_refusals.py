@@ -11,7 +11,7 @@ from transformers import ContinuousBatchingConfig, DynamicCache
 from transformers.generation.continuous_batching import RequestStatus
 
 from families import Family, tokens
-from hf_prefix import UnsupportedCallError
+from hf_prefix import UnsupportedCallError, UnsupportedModelError
 from hf_prefix.attention.layer import PrefixLayer
 from matrix import BY_NAME, PREFIX_LENGTH, attach, decoder_words, forward_arguments, pad, rows_of_words
 
@@ -130,3 +130,8 @@ def test_active_prefixes_that_disagree_about_the_window_are_refused() -> None:
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(UnsupportedCallError, match="differ in sliding_window; activate only such as agree"):
         model(input_ids=tokens(1, 5))
+
+
+def test_relative_positions_have_no_place_beside_the_prefix() -> None:
+    with pytest.raises(UnsupportedModelError, match="leave offset_positions out"):
+        attach(BY_NAME["t5"], "eager", offset_positions=False)

@@ -92,8 +92,9 @@ class PrefixedCache(CacheView):
             raise AttributeError("There is no cache here whose layers could be read.")
         prefix = self._prefix_like(layer.keys)
         kept = getattr(layer, _KEPT, None)
-        if kept is None or kept.keys is not layer.keys or kept.prefix is not prefix:
-            kept = _keep(layer, prefix, *prefix.in_front_of(layer.keys, layer.values))
+        if kept is None or not kept.is_of(layer, prefix):
+            kept = _Kept(layer.keys, _version(layer.keys), prefix, prefix.in_front_of(layer.keys, layer.values))
+            setattr(layer, _KEPT, kept)
         return kept.with_prefix
 
 
@@ -118,17 +119,22 @@ _KEPT = "hf_prefix_kept"
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """`[prefix ; tokens]` of a cache layer, valid while the layer's tokens are the very same tensor."""
+    """`[prefix ; tokens]` of a cache layer, valid while the layer's tokens are the very same tensor, unchanged."""
 
     keys: Tensor
+    version: int | None
     prefix: KeyValuePrefix
     with_prefix: tuple[Tensor, Tensor]
 
+    def is_of(self, layer: CacheLayerMixin, prefix: KeyValuePrefix) -> bool:
+        """Whether nothing has changed since."""
+        same = self.keys is layer.keys and self.prefix is prefix
+        return same and self.version is not None and self.version == _version(layer.keys)
 
-def _keep(layer: CacheLayerMixin, prefix: KeyValuePrefix, keys: Tensor, values: Tensor) -> _Kept:
-    kept = _Kept(layer.keys, prefix, (keys, values))
-    setattr(layer, _KEPT, kept)
-    return kept
+
+def _version(keys: Tensor) -> int | None:
+    """Return how often a tensor was changed in place, as a static cache does it; None where torch does not count."""
+    return None if keys.is_inference() else keys._version
 
 
 def _grow(layer: DynamicLayer, prefix: KeyValuePrefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

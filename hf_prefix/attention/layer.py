@@ -168,11 +168,12 @@ class PrefixLayer(PrefixTunerLayer):
         layer_idx = getattr(module, "layer_idx", None)
         cache = self._used_half(arguments.get(self._cache_argument))
         extent = Extent.of(next(iter(arguments.values())).shape[1], cache, layer_idx)
-        arguments[self._mask_argument] = self._mask(module, arguments, prefix_length, extent)
         if self._has_bias:
+            mask = arguments.get(self._mask_argument)
             arguments[BIAS_ARGUMENT] = bias_behind_prefix(
-                self._bias_owner[0], arguments.get(BIAS_ARGUMENT), prefix_length, extent
+                self._bias_owner[0], arguments.get(BIAS_ARGUMENT), mask, prefix_length, extent
             )
+        arguments[self._mask_argument] = self._mask(module, arguments, prefix_length, extent)
         arguments[self._cache_argument] = replace_cache(
             arguments.get(self._cache_argument), self._cross_attention, self._view
         )
