@@ -385,7 +385,8 @@ def test_each_role_acts_where_it_says(seq2seq_family: Family, role: str, changed
 
 
 def test_layers_before_the_first_prefixed_one_are_untouched(family: Family) -> None:
-    model = attach(family, layers_to_transform=[1], offset_positions=False)
+    offset_positions = None if family.is_encoder_decoder else False
+    model = attach(family, layers_to_transform=[1], offset_positions=offset_positions)
     kind = "decoder_hidden_states" if family.is_encoder_decoder else "hidden_states"
     with_prefix = forward(model, output_hidden_states=True)[kind]
     without = forward(build(family), output_hidden_states=True)[kind]
