@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 
 from hf_prefix.errors import PrefixError
-from hf_prefix.registration import PrefixPeftType
+from hf_prefix.peft_type import PrefixPeftType
 
 Role = Literal["encoder", "decoder", "cross"]
 """Where a prefix acts: encoder self-attention, decoder self-attention (the only one of a decoder-only model),

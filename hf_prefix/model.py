@@ -17,9 +17,9 @@ from hf_prefix.attention.sites import AttentionSite, find_sites
 from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.config import PrefixConfig, Role
 from hf_prefix.errors import PrefixError, PrefixMismatchError, UnsupportedCallError, UnsupportedModelError
+from hf_prefix.initialization import Start, Starter
+from hf_prefix.peft_type import PARAMETER_PREFIX
 from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, PrefixShape, PrefixTrunk, ProjectedPrefix
-from hf_prefix.prefix.initialization import Start, Starter
-from hf_prefix.registration import PARAMETER_PREFIX
 from hf_prefix.sharing.checkpoint import check_fits
 
 

@@ -12,9 +12,9 @@ from hf_prefix.attention.sites import AttentionSite, find_sites
 from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError
+from hf_prefix.initialization import cache_start, checked_start
 from hf_prefix.model import prefix_layers, prefixes_off
 from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder
-from hf_prefix.prefix.initialization import cache_start, checked_start
 
 
 def fold_prefix(model: nn.Module, adapter_name: str = "default") -> None:

@@ -90,7 +90,8 @@ def test_registering_again_changes_nothing() -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     from hf_prefix import PrefixModel
-    from hf_prefix.registration import PrefixPeftType, register_with_peft
+    from hf_prefix.peft_type import PrefixPeftType
+    from hf_prefix.registration import register_with_peft
 
     before = dict(PEFT_TYPE_TO_TUNER_MAPPING)
     register_with_peft()

@@ -167,7 +167,8 @@ class PrefixLayer(PrefixTunerLayer):
             )
         layer_idx = getattr(module, "layer_idx", None)
         cache = self._used_half(arguments.get(self._cache_argument))
-        extent = Extent.of(next(iter(arguments.values())).shape[1], cache, layer_idx)
+        hidden_states = arguments[forward_parameters(module)[0]]
+        extent = Extent.of(hidden_states.shape[1], cache, layer_idx)
         if self._has_bias:
             mask = arguments.get(self._mask_argument)
             arguments[BIAS_ARGUMENT] = bias_behind_prefix(

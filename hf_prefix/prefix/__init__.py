@@ -1,1 +1,1 @@
-"""What is learned: keys and values, how they are parameterised, and where they start."""
+"""What is learned: keys and values, and how they are parameterised."""
