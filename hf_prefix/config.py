@@ -136,6 +136,11 @@ class PrefixConfig(PeftConfig):
             raise PrefixError(f"prefix_init must be one of {list(get_args(PrefixInit))}, got {self.prefix_init!r}.")
         if self.sliding_window not in get_args(SlidingWindow):
             raise PrefixError(f"sliding_window must be 'pin' or 'scroll', got {self.sliding_window!r}.")
+        if self.sliding_window == "scroll" and self.offset_positions is False:
+            raise PrefixError(
+                "sliding_window='scroll' lets the prefix leave the window as a prompt would, for which real tokens "
+                "must stand behind it; leave offset_positions out."
+            )
         dropout = self.prefix_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
             raise PrefixError(f"prefix_dropout must be at least 0 and less than 1, got {self.prefix_dropout!r}.")

@@ -14,8 +14,6 @@ from hf_prefix.attention.relative_bias import bias_behind_prefix
 from hf_prefix.attention.sites import (
     BIAS_ARGUMENT,
     CACHE_ARGUMENTS,
-    CROSS_MASK_ARGUMENTS,
-    MASK_ARGUMENTS,
     POSITIONS_ARGUMENT,
     AttentionSite,
     first_present,
@@ -100,8 +98,7 @@ class PrefixLayer(PrefixTunerLayer):
         names = forward_parameters(site.module)
         self._cross_attention = site.role == "cross"
         self._cache_argument = str(first_present(CACHE_ARGUMENTS, names))
-        masks = CROSS_MASK_ARGUMENTS if self._cross_attention else MASK_ARGUMENTS
-        self._mask_argument = str(first_present(masks, names))
+        self._mask_argument = site.mask_argument
         self._has_bias = BIAS_ARGUMENT in names
         # In tuples, so that modules of the base model do not become children.
         self._site_module = (site.module,)

@@ -81,6 +81,7 @@ class AttentionSite:
         value_size: Size of a value head.
         stack: The encoder or decoder that the module belongs to.
         bias_owner: The module whose learned relative positions this one uses (T5), or None.
+        mask_argument: Name of the argument with its attention mask.
     """
 
     name: str
@@ -91,6 +92,7 @@ class AttentionSite:
     value_size: int
     stack: nn.Module
     bias_owner: RelativeBias | None
+    mask_argument: str
 
     @property
     def model_size(self) -> int:
@@ -214,6 +216,7 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
             value_size=states.value.shape[-1],
             stack=_stack(model, names[module]),
             bias_owner=_bias_owner(module, roles),
+            mask_argument=mask_argument(module, roles[module]),
         )
         for module, states in recorded.items()
     ]
@@ -265,6 +268,21 @@ def counts_positions_from_padding(stack: nn.Module) -> bool:
 
 def _token_embedding(stack: nn.Module) -> nn.Module:
     return cast(nn.Module, cast(PreTrainedModel, stack).get_input_embeddings())
+
+
+def mask_argument(module: nn.Module, role: Role) -> str:
+    """Return the name of the argument in which an attention module gets its mask.
+
+    Raises:
+        UnsupportedModelError: It has none that we know.
+    """
+    name = first_present(CROSS_MASK_ARGUMENTS if role == "cross" else MASK_ARGUMENTS, forward_parameters(module))
+    if name is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} takes its mask in none of the arguments {MASK_ARGUMENTS}, so the prefix cannot "
+            "be made visible in it. Use a model whose attention does, or another PEFT method for this one."
+        )
+    return name
 
 
 def _candidates(model: nn.Module) -> Iterator[nn.Module]:
