@@ -55,6 +55,6 @@ def choose_compute(precision: Precision) -> Compute:
 
 
 def _cpu_has_bfloat16() -> bool:
-    # torch.cpu.get_capabilities came with torch 2.10; an older one cannot tell, so float32 it is.
+    # A torch without get_capabilities cannot tell, so float32 it is.
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
