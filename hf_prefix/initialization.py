@@ -7,7 +7,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from hf_prefix.attention.sites import AttentionSite, record_states
+from hf_prefix.attention.discovery import record_states
+from hf_prefix.attention.sites import AttentionSite
 from hf_prefix.config import PrefixConfig, PrefixInit
 from hf_prefix.errors import PrefixError, PrefixMismatchError
 from hf_prefix.prefix.key_value import KeyValuePrefix

@@ -11,9 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_prefix.attention.discovery import find_sites
 from hf_prefix.attention.layer import CHILD_NAME, PrefixLayer, PrefixTunerLayer
 from hf_prefix.attention.positions import positions_module
-from hf_prefix.attention.sites import AttentionSite, find_sites
+from hf_prefix.attention.sites import AttentionSite
 from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.config import PrefixConfig, Role
 from hf_prefix.errors import PrefixError, PrefixMismatchError, UnsupportedCallError, UnsupportedModelError
@@ -59,6 +60,8 @@ class PrefixModel(BaseTuner):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.prefix_init_seed)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # The parameters hold a copy; the activations that they started from are not needed any more.
+        self._start = None
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         # target_modules stays None: the sites are found from the model, on each model anew.

@@ -7,8 +7,9 @@ from peft import PeftModel
 from torch import nn
 from transformers.cache_utils import Cache
 
+from hf_prefix.attention.discovery import find_sites
 from hf_prefix.attention.layer import CHILD_NAME, PrefixLayer
-from hf_prefix.attention.sites import AttentionSite, find_sites
+from hf_prefix.attention.sites import AttentionSite
 from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError

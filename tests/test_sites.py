@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from families import Family, build
 from hf_prefix import UnsupportedModelError
-from hf_prefix.attention.sites import find_sites, mask_argument
+from hf_prefix.attention.discovery import find_sites
+from hf_prefix.attention.sites import mask_argument
 
 
 def test_sites_have_the_roles_and_shapes_of_the_family(family: Family) -> None:
