@@ -42,6 +42,8 @@ class PrefixModel(BaseTuner):
     tuner_layer_cls = PrefixTunerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - read from the class by PEFT
 
+    _start: Start | None
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach a prefix.
 
@@ -79,7 +81,7 @@ class PrefixModel(BaseTuner):
                     positions_module(site.stack)
             _check_layers(self._matcher, sites)
             _check_modules(peft_config, targets)
-            self._start: Start | None = None
+            self._start = None
             if not peft_config.initialized:
                 self._start = Starter(model, targets, peft_config).start()
 
