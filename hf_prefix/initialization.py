@@ -7,8 +7,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from hf_prefix.attention.discovery import record_states
-from hf_prefix.attention.sites import AttentionSite
+from hf_prefix.attention.discovery import RecordedCall, record_states
+from hf_prefix.attention.exceptions import tokens_in_front
+from hf_prefix.attention.placement import check_has_weights
+from hf_prefix.attention.sites import AttentionSite, place_in_cache
 from hf_prefix.config import PrefixConfig, PrefixInit
 from hf_prefix.errors import PrefixError, PrefixMismatchError
 from hf_prefix.prefix.key_value import KeyValuePrefix
@@ -115,12 +117,29 @@ class Starter:
                 f"Token id {unknown[0]} is outside the model's vocabulary of {vocabulary}; use the model's own "
                 "tokenizer."
             )
-        tokens = torch.tensor([token_ids], device=self.model.device)
-        recorded = record_states(self.model, tokens)
-        return {
-            site.name: KeyValuePrefix(recorded[site.module].key[0], recorded[site.module].value[0])
-            for site in self.sites
-        }
+        check_has_weights(self.model)
+        tokens = torch.tensor([token_ids], device="cpu")
+        recorded = record_states(self.model, tokens, [site.module for site in self.sites])
+        states = {site.name: _behind_own_tokens(recorded[site.module], site) for site in self.sites}
+        return {name: self._one_per_token(prefix, len(token_ids)) for name, prefix in states.items()}
+
+    def _one_per_token(self, prefix: KeyValuePrefix, length: int) -> KeyValuePrefix:
+        """Return states of the prefix's length; attention over patches of tokens has fewer (BLT)."""
+        if prefix.length == length:
+            return prefix
+        if self.config.prefix_init != "real_tokens":
+            raise PrefixError(
+                f"{length} tokens are {prefix.length} patches in the attention of {type(self.model).__name__}, so a "
+                "prefix cannot start from given tokens; use prefix_init='real_tokens'."
+            )
+        places = torch.arange(length, device=prefix.key.device) % prefix.length
+        return KeyValuePrefix(prefix.key[:, places], prefix.value[:, places])
+
+
+def _behind_own_tokens(call: RecordedCall, site: AttentionSite) -> KeyValuePrefix:
+    """Return the recorded states of one row, without those of tokens that the model itself puts in front."""
+    skipped = tokens_in_front(site.stack)
+    return KeyValuePrefix(call.key[0, :, skipped:], call.value[0, :, skipped:])
 
 
 def cache_start(cache: Cache, sites: list[AttentionSite]) -> Start:
@@ -145,7 +164,9 @@ def _cached_states(cache: Cache, site: AttentionSite) -> KeyValuePrefix:
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.cross_attention_cache if site.role == "cross" else cache.self_attention_cache
     layers = cache.layers
-    index = int(site.module.layer_idx)  # type: ignore[arg-type]
+    index = place_in_cache(site.module, {})
+    if index is None:
+        raise PrefixError(f"{site.name} keeps no keys in a cache that a prefix could start from; start it from text.")
     layer = layers[index] if index < len(layers) else None
     if layer is None or layer.keys is None:
         raise PrefixError(
@@ -154,8 +175,8 @@ def _cached_states(cache: Cache, site: AttentionSite) -> KeyValuePrefix:
         )
     if layer.keys.shape[0] != 1:
         raise PrefixError(f"A prefix starts from a cache of one row, got one of {layer.keys.shape[0]} rows.")
-    length = int(layer.get_seq_length())
-    return KeyValuePrefix(layer.keys[0, :, :length], layer.values[0, :, :length])
+    first, length = tokens_in_front(site.stack), int(layer.get_seq_length())
+    return KeyValuePrefix(layer.keys[0, :, first:length], layer.values[0, :, first:length])
 
 
 def checked_start(states: Start, sites: list[AttentionSite], length: int | None) -> Start:

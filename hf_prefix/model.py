@@ -1,5 +1,6 @@
 """The tuner that PEFT creates: attaches prefixes to a model's attention, switches, saves and removes them."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,11 +12,13 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_prefix.attention.continuous_batching import ContinuousBatchingGuard
 from hf_prefix.attention.discovery import find_sites
-from hf_prefix.attention.layer import CHILD_NAME, PrefixLayer, PrefixTunerLayer
+from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.attention.positions import positions_module
-from hf_prefix.attention.sites import AttentionSite
+from hf_prefix.attention.sites import AttentionSite, check_can_scroll
 from hf_prefix.attention.stack import PrefixStack
+from hf_prefix.attention.tuner_layer import CHILD_NAME, PrefixTunerLayer
 from hf_prefix.config import PrefixConfig, Role
 from hf_prefix.errors import PrefixError, PrefixMismatchError, UnsupportedCallError, UnsupportedModelError
 from hf_prefix.initialization import Start, Starter
@@ -79,6 +82,8 @@ class PrefixModel(BaseTuner):
             for site in targets:
                 if _moves_positions(peft_config, site, model):
                     positions_module(site.stack)
+                if peft_config.sliding_window == "scroll":
+                    check_can_scroll(site.module)
             _check_layers(self._matcher, sites)
             _check_modules(peft_config, targets)
             self._start = None
@@ -100,18 +105,19 @@ class PrefixModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         site = self._sites[current_key]
+        stack = self._stack(site)
         layer = getattr(target, CHILD_NAME, None)
         if layer is None:
-            layer = PrefixLayer(site)
+            layer = PrefixLayer(site, stack.call)
             target.add_module(CHILD_NAME, layer)
-        stack = self._stack(site)
+        scroll = peft_config.sliding_window == "scroll"
+        offset = _length(peft_config) if _moves_positions(peft_config, site, self.model) else 0
         if adapter_name not in stack.hf_prefix_offset:
             trunk = _new_trunk(peft_config, site) if peft_config.prefix_projection else None
-            offset = _length(peft_config) if _moves_positions(peft_config, site, self.model) else 0
-            stack.update_layer(adapter_name, trunk, offset)
+            stack.update_layer(adapter_name, trunk, offset, scroll)
         trunk = stack.trunk(adapter_name) if peft_config.prefix_projection else None
         encoder = _new_encoder(peft_config, site, trunk)
-        layer.update_layer(adapter_name, encoder, peft_config.sliding_window == "scroll")
+        layer.update_layer(adapter_name, encoder, scroll, offset)
         if self._start is not None and not any(parameter.is_meta for parameter in encoder.sources()):
             encoder.initialize(self._start[site.name].key, self._start[site.name].value)
 
@@ -122,7 +128,9 @@ class PrefixModel(BaseTuner):
             stacks = nn.ModuleDict()
             self.model.add_module(CHILD_NAME, stacks)
         if site.role not in stacks:
-            stacks[site.role] = PrefixStack(site.role, site.stack)
+            stack = stacks[site.role] = PrefixStack(site.role, site.stack, self.model)
+            if len(stacks) == 1:
+                stack.add_hook(ContinuousBatchingGuard(self.model))
         return cast(PrefixStack, stacks[site.role])
 
     @contextmanager
@@ -198,7 +206,7 @@ def prefixes_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = state
 
 
-def _select(sites: list[AttentionSite], config: PrefixConfig, model: nn.Module) -> list[AttentionSite]:
+def _select(sites: list[AttentionSite], config: PrefixConfig, model: PreTrainedModel) -> list[AttentionSite]:
     """Return the sites whose role a configuration asks for."""
     present: list[Role] = list(dict.fromkeys(site.role for site in sites))
     roles = config.roles or present
@@ -206,6 +214,12 @@ def _select(sites: list[AttentionSite], config: PrefixConfig, model: nn.Module) 
     if absent:
         raise UnsupportedModelError(
             f"roles={config.roles} asks for {absent} attention, but {type(model).__name__} has only {present}."
+        )
+    if config.roles is None and model.config.is_encoder_decoder and "encoder" not in present:
+        warnings.warn(
+            f"The encoder of {type(model).__name__} attends within windows or blocks of its own making and can carry "
+            f"no prefix; it acts in {present} attention only. Set roles={present} to say that this is meant.",
+            stacklevel=2,
         )
     return [site for site in sites if site.role in roles]
 
@@ -266,11 +280,18 @@ def _moves_positions(config: PrefixConfig, site: AttentionSite, model: PreTraine
     """Whether real tokens stand behind the prefix in the site's stack."""
     if site.role != "decoder":
         return False
-    if site.bias_owner is not None:
+    if site.has_relative_positions:
         if config.offset_positions is False:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has relative positions, and a prefix always stands before the sequence; "
                 "leave offset_positions out."
+            )
+        return False
+    if not site.one_decoder:
+        if config.offset_positions:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has several decoders that count positions of different things; leave "
+                "offset_positions out."
             )
         return False
     return not model.config.is_encoder_decoder if config.offset_positions is None else config.offset_positions

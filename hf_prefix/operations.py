@@ -8,9 +8,10 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from hf_prefix.attention.discovery import find_sites
-from hf_prefix.attention.layer import CHILD_NAME, PrefixLayer
+from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.attention.sites import AttentionSite
 from hf_prefix.attention.stack import PrefixStack
+from hf_prefix.attention.tuner_layer import CHILD_NAME
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError
 from hf_prefix.initialization import cache_start, checked_start
@@ -89,10 +90,10 @@ def _layers_with(model: nn.Module, adapter_name: str) -> list[PrefixLayer]:
 def _folded(encoder: PrefixEncoder) -> PrefixEncoder:
     if isinstance(encoder, DirectPrefix):
         return encoder
-    direct = DirectPrefix(encoder.shape, encoder.dropout, awaiting_weights=False)
-    source = encoder.sources()[0]
-    direct.train(encoder.training).to(source.device).requires_grad_(source.requires_grad)
+    direct = DirectPrefix(encoder.shape, encoder.dropout, awaiting_weights=False).train(encoder.training)
     with torch.no_grad():
-        prefix = encoder()
-        direct.initialize(prefix.key, prefix.value)
+        # Without dropout, and not by its parameters, which may be offloaded until it is called.
+        prefix = encoder.eval()()
+    direct.to(prefix.key.device).requires_grad_(encoder.sources()[0].requires_grad)
+    direct.initialize(prefix.key, prefix.value)
     return direct

@@ -57,25 +57,31 @@ class PrefixedCache(CacheView):
 
     Args:
         cache: The real cache, or None.
-        prefix_like: Gives the prefix in the dtype and on the device of a tensor.
+        prefix_like: Gives the prefix of a place in the cache in the dtype and on the device of a tensor.
+        cross_attention: Whether the module attends to an encoder's output.
     """
 
-    def __init__(self, cache: Cache | None, prefix_like: Callable[[Tensor], KeyValuePrefix]) -> None:
+    def __init__(
+        self,
+        cache: Cache | None,
+        prefix_like: Callable[[Tensor, int | None], KeyValuePrefix],
+        cross_attention: bool,
+    ) -> None:
         super().__init__(cache)
-        self._prefix_like = prefix_like
+        self._prefix_like, self._cross_attention = prefix_like, cross_attention
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values in the real cache; return them all behind the prefix."""
-        prefix = self._prefix_like(key)
+        prefix = self._prefix_like(key, layer_idx)
         layer = self._growing_layer(layer_idx)
         if layer is not None:
             return _grow(layer, prefix, key, value)
         return prefix.in_front_of(*super().update(key, value, layer_idx, *args, **kwargs))
 
     @property
-    def layers(self) -> "_LayersBehindPrefix":
-        """The cache's layers as cross-attention reads them after the first decoding step."""
-        return _LayersBehindPrefix(self)
+    def layers(self) -> Any:
+        """The cache's layers; cross-attention reads keys and values off them after the first decoding step."""
+        return _LayersBehindPrefix(self) if self._cross_attention or self.cache is None else self.cache.layers
 
     def _growing_layer(self, layer_idx: int) -> DynamicLayer | None:
         """Return the layer if it is the default kind that grows by concatenation, else None."""
@@ -90,7 +96,10 @@ class PrefixedCache(CacheView):
         layer = self.cache.layers[layer_idx] if self.cache is not None else None
         if layer is None:
             raise AttributeError("There is no cache here whose layers could be read.")
-        prefix = self._prefix_like(layer.keys)
+        prefix = self._prefix_like(layer.keys, layer_idx)
+        if torch.compiler.is_compiling():
+            # A graph cannot ask whether the tokens have changed since, and its copies are the compiler's to plan.
+            return prefix.in_front_of(layer.keys, layer.values)
         kept = getattr(layer, _KEPT, None)
         if kept is None or not kept.is_of(layer, prefix):
             kept = _Kept(layer.keys, _version(layer.keys), prefix, prefix.in_front_of(layer.keys, layer.values))
@@ -146,6 +155,9 @@ def _grow(layer: DynamicLayer, prefix: KeyValuePrefix, key: Tensor, value: Tenso
         layer.lazy_initialization(key, value)
     batch, length = key.shape[0], prefix.length
     keys = torch.cat([prefix.key.expand(batch, -1, -1, -1), *_present(layer.keys), key], dim=-2)
+    if prefix.keys_are_values:
+        layer.keys = layer.values = keys[..., length:, :]
+        return keys, keys
     values = torch.cat([prefix.value.expand(batch, -1, -1, -1), *_present(layer.values), value], dim=-2)
     layer.keys, layer.values = keys[..., length:, :], values[..., length:, :]
     return keys, values

@@ -1,12 +1,13 @@
-"""Finds the attention modules of a model by running a token through it, and records what attention computes.
+"""Finds the attention modules of a model by running tokens through it, and records what attention computes.
 
-An attention module is a module whose forward takes a cache while no module inside it does; what it does with the cache
+An attention module is the innermost module that stores keys and values in the cache that it is given; what it does
 shows in a recorded forward pass. No model is known by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hf_prefix.attention.cache import CacheView, replace_cache
+from hf_prefix.attention.exceptions import check_model, more_inputs, segments_only
+from hf_prefix.attention.inner import InnerAttention, inner_attention
+from hf_prefix.attention.placement import packed_by_inference, run
+from hf_prefix.attention.replacement import Replacement
 from hf_prefix.attention.sites import (
     CACHE_ARGUMENTS,
     STACK_INPUT_ARGUMENTS,
@@ -23,88 +28,160 @@ from hf_prefix.attention.sites import (
     bias_owner,
     first_present,
     forward_parameters,
+    hides_with_true,
+    linear_bias_slopes,
+    linear_mask_slopes,
     mask_argument,
     named_arguments,
+    shared_states,
+    tokens_per_place,
 )
 from hf_prefix.config import Role
 from hf_prefix.errors import UnsupportedModelError
 
+PROBE_LENGTH = 2
+"""Tokens that are run through a model to find its attention; two show what a step to the next one changes."""
+
 
 @dataclass(frozen=True, eq=False)
-class RecordedStates:
-    """What one attention module did in a recorded forward pass.
+class StoredStates:
+    """What one attention module put into one place of the cache.
 
     Args:
         key: Keys as attention used them, rotated where the model rotates [batch, kv_heads, length, key_size].
         value: Values [batch, kv_heads, length, value_size].
-        cross_attention: Whether the module attended to an encoder's output.
     """
 
     key: Tensor
     value: Tensor
+
+
+@dataclass(eq=False)
+class RecordedCall:
+    """What one attention module did in a recorded forward pass.
+
+    Args:
+        cross_attention: Whether the module attended to an encoder's output.
+        arguments: The arguments of its first call, by name.
+        stored: What it put into the cache, by place; several where the module runs several times in one pass.
+        returned: The keys that it got back from its cache.
+        asked: What else it asked of its cache.
+    """
+
     cross_attention: bool
+    arguments: dict[str, Any]
+    stored: dict[int | None, StoredStates] = field(default_factory=dict)
+    returned: list[Tensor] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
+
+    @property
+    def key(self) -> Tensor:
+        """All keys [batch, places x kv_heads, length, key_size]."""
+        return torch.cat([states.key for states in self.stored.values()], dim=1)
+
+    @property
+    def value(self) -> Tensor:
+        """All values [batch, places x kv_heads, length, value_size]; of size 0 where the keys are the values."""
+        if self.shares_key_and_value:
+            return self.key[..., :0]
+        return torch.cat([states.value for states in self.stored.values()], dim=1)
+
+    @property
+    def shares_key_and_value(self) -> bool:
+        """Whether one tensor serves as keys and as values."""
+        return all(states.key is states.value for states in self.stored.values())
 
 
 class _Recorder:
-    """Forward pre-hook that notes the keys and values that modules compute."""
+    """Forward pre-hook that notes what modules put into their cache, or attend to without one."""
 
     def __init__(self) -> None:
-        self.states: dict[nn.Module, RecordedStates] = {}
+        self.calls: dict[nn.Module, RecordedCall] = {}
+
+    def watch(self, module: nn.Module) -> Any:
+        """Note what a module does; returns the handle that ends it."""
+        inner = inner_attention(module)
+        if inner is None:
+            return module.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
+        return Replacement(module, inner.method, partial(self._inside, module, inner))
+
+    def _inside(self, module: nn.Module, inner: InnerAttention, *args: Any, **kwargs: Any) -> Any:
+        arguments = inner.arguments(module, args, kwargs)
+        call = self.calls.setdefault(module, RecordedCall(False, dict(arguments)))
+        call.stored.setdefault(None, StoredStates(*inner.states(arguments)))
+        return inner.call(module, arguments)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         arguments = named_arguments(module, args, kwargs)
-        cache_argument = first_present(CACHE_ARGUMENTS, forward_parameters(module))
-        cross_attention = attends_to_encoder(arguments)
-
-        def record(cache: Cache | None) -> CacheView:
-            return _RecordingCache(cache, module, cross_attention, self.states)
-
-        arguments[str(cache_argument)] = replace_cache(arguments.get(str(cache_argument)), cross_attention, record)
+        name = str(first_present(CACHE_ARGUMENTS, forward_parameters(module)))
+        cross_attention = attends_to_encoder(module, arguments)
+        call = self.calls.setdefault(module, RecordedCall(cross_attention, dict(arguments)))
+        arguments[name] = replace_cache(
+            arguments.get(name), cross_attention, lambda cache: _RecordingCache(cache, call)
+        )
         return (), arguments
 
 
 class _RecordingCache(CacheView):
-    """Notes the first keys and values that a module stores."""
+    """Notes the first keys and values that a module puts into each place."""
 
-    def __init__(
-        self,
-        cache: Cache | None,
-        module: nn.Module,
-        cross_attention: bool,
-        states: dict[nn.Module, RecordedStates],
-    ) -> None:
+    def __init__(self, cache: Cache | None, call: RecordedCall) -> None:
         super().__init__(cache)
-        self._module, self._cross_attention, self._states = module, cross_attention, states
+        self._call = call
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._states.setdefault(self._module, RecordedStates(key, value, self._cross_attention))
-        return super().update(key, value, layer_idx, *args, **kwargs)
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._call.stored.setdefault(layer_idx, StoredStates(key, value))
+        keys, values = super().update(key, value, cast(int, layer_idx), *args, **kwargs)
+        self._call.returned.append(keys)
+        return keys, values
+
+    def __getattr__(self, name: str) -> Any:
+        self._call.asked.add(name)
+        return super().__getattr__(name)
 
 
-def record_states(model: PreTrainedModel, token_ids: Tensor) -> dict[nn.Module, RecordedStates]:
+def record_states(
+    model: PreTrainedModel, token_ids: Tensor, modules: Iterable[nn.Module]
+) -> dict[nn.Module, RecordedCall]:
     """Run tokens through the model, and through encoder and decoder alike, and return what attention computed.
 
     Args:
         model: The base model; prefixes on it must be switched off.
-        token_ids: [1, length]
+        token_ids: [1, length], on any device.
+        modules: The modules to look at.
 
     Returns:
-        The keys and values of every module that has any, in the order in which they ran.
+        What each of the modules that ran did, in the order in which they ran.
     """
     recorder = _Recorder()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_evaluating(model))
-        for module in _candidates(model):
+        stack.enter_context(_keeping_attention_type(model))
+        for module in modules:
             # First, so that what is recorded is what the module really computes, before any prefix.
-            stack.enter_context(_removing(module.register_forward_pre_hook(recorder, with_kwargs=True, prepend=True)))
-        inputs = {"input_ids": token_ids}
+            stack.enter_context(_removing(recorder.watch(module)))
+        more = more_inputs(model, token_ids.shape[1])
+        text_model = model if more else _text_model(model)
+        inputs: dict[str, Any] = {"input_ids": token_ids.expand(tokens_per_place(model), -1)} | more
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = token_ids
-        model(**inputs, use_cache=False)
-    return recorder.states
+        if "use_cache" in forward_parameters(text_model):
+            # With a cache, since some modules work only on the real thing.
+            inputs["use_cache"] = True
+        run(text_model, inputs)
+    return recorder.calls
+
+
+def _text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that works on text alone; some others need an image or audio as well."""
+    config = model.config
+    is_text = config.is_encoder_decoder or config.get_text_config() is config
+    return model if is_text else cast(PreTrainedModel, model.get_decoder())
 
 
 def find_sites(model: nn.Module) -> list[AttentionSite]:
@@ -120,43 +197,105 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
         raise UnsupportedModelError(
             f"A prefix attaches to models of transformers, got {type(model).__name__}, which is not a PreTrainedModel."
         )
-    token_ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    names = {module: name for name, module in model.named_modules()}
-    encoder = _encoder_modules(model)
-    recorded = record_states(model, token_ids) if any(True for _ in _candidates(model)) else {}
-    if not recorded:
+    check_model(model)
+    calls = _attention_calls(model)
+    if not calls:
         raise UnsupportedModelError(
             f"{type(model).__name__} (model type {model.config.model_type!r}) has no attention module with a "
             "key/value cache, so there is nothing that a prefix could be put in front of. Use a model with "
             "attention, or another PEFT method for this one."
         )
-    roles = {module: _role(module, states, encoder) for module, states in recorded.items()}
+    return _sites(model, calls)
+
+
+def _attention_calls(model: PreTrainedModel) -> dict[nn.Module, RecordedCall]:
+    """Return what the modules did that store keys and values, and those that read what others stored.
+
+    A module inside attention may take the cache too without storing keys and values in it (an indexer, say, or the
+    linear attention of a hybrid model). Where the innermost takers store nothing, the modules around them are asked.
+    """
+    token_ids = torch.zeros(1, PROBE_LENGTH, dtype=torch.long)
+    takers, attention = _cache_takers(model), set[str]()
+    calls: dict[nn.Module, RecordedCall] = {}
+    while innermost := _innermost(takers) - attention:
+        modules = {name: model.get_submodule(name) for name in innermost | attention}
+        calls = record_states(model, token_ids, modules.values())
+        found = {name for name, module in modules.items() if module in calls and _attends(calls[module])}
+        attention |= found
+        takers -= innermost - found
+    return {module: call for module, call in calls.items() if _attends(call)}
+
+
+def _attends(call: RecordedCall) -> bool:
+    return bool(call.stored) or shared_states(call.arguments) is not None
+
+
+def _cache_takers(model: PreTrainedModel) -> set[str]:
+    """Return the names of the text modules that take a cache, or attend without one, but for whole stacks."""
+    text_modules = set(_text_model(model).modules())
+    return {
+        name
+        for name, module in model.named_modules()
+        if module in text_modules
+        and not _is_stack(module)
+        and not segments_only(model, name)
+        and (first_present(CACHE_ARGUMENTS, forward_parameters(module)) is not None or inner_attention(module))
+    }
+
+
+def _innermost(names: set[str]) -> set[str]:
+    outer = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+    return names - outer
+
+
+def _sites(model: PreTrainedModel, calls: dict[nn.Module, RecordedCall]) -> list[AttentionSite]:
+    names = {module: name for name, module in model.named_modules()}
+    encoder = _encoder_modules(model)
+    storing = {module: call for module, call in calls.items() if call.stored}
+    roles = {module: _role(module, call, encoder) for module, call in storing.items()}
+    decoders = {_stack(model, names[module]) for module, role in roles.items() if role == "decoder"}
     return [
         AttentionSite(
             name=names[module],
             module=module,
             role=roles[module],
-            heads=states.key.shape[1],
-            key_size=states.key.shape[-1],
-            value_size=states.value.shape[-1],
+            heads=call.key.shape[1],
+            key_size=call.key.shape[-1],
+            value_size=call.value.shape[-1],
             stack=_stack(model, names[module]),
-            bias_owner=bias_owner(module, [other for other in recorded if roles[other] == roles[module]]),
-            mask_argument=mask_argument(module, roles[module]),
+            bias_owner=bias_owner(module, [other for other in storing if roles[other] == roles[module]]),
+            mask_argument=_mask_argument(module, roles[module]),
+            places=tuple(call.stored),
+            readers=tuple(_readers(call, calls)),
+            needs_cache=bool(call.asked) and not call.cross_attention,
+            slopes=linear_bias_slopes(call.arguments),
+            mask_slopes=linear_mask_slopes(module, call.arguments),
+            hides_with_true=hides_with_true(module, call.arguments),
+            counts_keys=_counts_keys(module),
+            one_decoder=len(decoders) <= 1,
         )
-        for module, states in recorded.items()
+        for module, call in storing.items()
     ]
 
 
-def _candidates(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that take a cache while no module inside them does."""
-    takers = {
-        name
-        for name, module in model.named_modules()
-        if first_present(CACHE_ARGUMENTS, forward_parameters(module)) is not None
-    }
-    outer = {name.rsplit(".", depth)[0] for name in takers for depth in range(1, name.count(".") + 1)}
-    for name in takers - outer - {""}:
-        yield model.get_submodule(name)
+def _mask_argument(module: nn.Module, role: Role) -> str:
+    inner = inner_attention(module)
+    return mask_argument(module, role) if inner is None else inner.mask_argument
+
+
+def _counts_keys(module: nn.Module) -> bool:
+    inner = inner_attention(module)
+    return inner is not None and inner.has_relative_positions
+
+
+def _readers(source: RecordedCall, calls: dict[nn.Module, RecordedCall]) -> Iterator[nn.Module]:
+    """Yield the modules that attend to the keys and values of another."""
+    for module, call in calls.items():
+        states = shared_states(call.arguments)
+        if not call.stored and states is not None:
+            key = states[module.layer_type][0]
+            if any(key is returned for returned in source.returned):
+                yield module
 
 
 def _encoder_modules(model: PreTrainedModel) -> set[nn.Module]:
@@ -164,8 +303,8 @@ def _encoder_modules(model: PreTrainedModel) -> set[nn.Module]:
     return set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set()
 
 
-def _role(module: nn.Module, states: RecordedStates, encoder: set[nn.Module]) -> Role:
-    if states.cross_attention:
+def _role(module: nn.Module, call: RecordedCall, encoder: set[nn.Module]) -> Role:
+    if call.cross_attention:
         return "cross"
     return "encoder" if module in encoder else "decoder"
 
@@ -175,9 +314,15 @@ def _stack(model: PreTrainedModel, name: str) -> nn.Module:
     while name:
         name = name.rpartition(".")[0]
         module: nn.Module = model.get_submodule(name) if name else model
-        if first_present(STACK_INPUT_ARGUMENTS, forward_parameters(module)) is not None:
+        if _is_stack(module):
             return module
     return cast(nn.Module, model)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether a module is an encoder, a decoder or a model; some single layers too are told the input_ids."""
+    takes_inputs = first_present(STACK_INPUT_ARGUMENTS, forward_parameters(module)) is not None
+    return isinstance(module, PreTrainedModel) and takes_inputs
 
 
 @contextmanager
@@ -185,11 +330,25 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout off for a while; each module returns to the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module in packed_by_inference(model):
+        module.training = True
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _keeping_attention_type(model: nn.Module) -> Iterator[None]:
+    """Undo what a short input does to BigBird: it gives up sparse attention for good (transformers 5.23)."""
+    types = {module: module.attention_type for module in model.modules() if hasattr(module, "set_attention_type")}
+    try:
+        yield
+    finally:
+        for module, attention_type in types.items():
+            if module.attention_type != attention_type:
+                module.set_attention_type(attention_type)  # type: ignore[operator]
 
 
 @contextmanager

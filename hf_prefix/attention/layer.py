@@ -1,84 +1,40 @@
-"""The child module that puts a prefix into one attention module, and what the modules of a role share."""
+"""The child module that puts a prefix into one attention module."""
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_prefix.attention.cache import CacheView, PrefixedCache, replace_cache
-from hf_prefix.attention.masks import Extent, mask_behind_prefix, prepend_visible, scroll_out
-from hf_prefix.attention.relative_bias import bias_behind_prefix
+from hf_prefix.attention.compression import CompressedPositions
+from hf_prefix.attention.exceptions import PREDICT_MASK_ARGUMENT, merge_padding, new_tokens, widen_buckets
+from hf_prefix.attention.inner import InnerAttention, inner_attention
+from hf_prefix.attention.key_order import OrderedView, key_order, reordered
+from hf_prefix.attention.masks import Extent
+from hf_prefix.attention.placement import device_of
+from hf_prefix.attention.position_bias import PositionBias
+from hf_prefix.attention.replacement import Replacement
+from hf_prefix.attention.selection import KeySelection
+from hf_prefix.attention.shared_keys import SharedKeys
 from hf_prefix.attention.sites import (
     BIAS_ARGUMENT,
     CACHE_ARGUMENTS,
-    POSITIONS_ARGUMENT,
+    MERGED_MASK_ARGUMENT,
+    PADDING_ARGUMENT,
     AttentionSite,
     first_present,
     forward_parameters,
     named_arguments,
-    sliding_window,
+    place_in_cache,
+    text_config,
 )
+from hf_prefix.attention.tuner_layer import Arguments, HookResult, PrefixTunerLayer, StackCall
+from hf_prefix.attention.visibility import Visibility
+from hf_prefix.attention.window_buffer import WindowBuffer
 from hf_prefix.errors import UnsupportedCallError
 from hf_prefix.prefix.encoders import PrefixEncoder
 from hf_prefix.prefix.key_value import KeyValuePrefix
-
-Arguments = dict[str, Any]
-HookResult = tuple[tuple[Any, ...], Arguments] | None
-
-CHILD_NAME = "hf_prefix"
-"""Name of our child in a module of the base model; its own keys stay as they are."""
-
-
-class PrefixTunerLayer(nn.Module, BaseTunerLayer):
-    """What PEFT asks of a tuner layer, for modules that hang beside the base model's instead of wrapping them."""
-
-    # PEFT's mixin declares these without types.
-    active_adapters: list[str]
-    disable_adapters: bool
-    _disable_adapters: bool
-    set_adapter: Callable[[list[str]], None]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._hooks: list[Any] = []
-
-    @property
-    def weight(self) -> Tensor:
-        """Raise: there is no wrapped layer whose weight this could be."""
-        raise AttributeError("A prefix wraps no layer, so it has no weight.")
-
-    @property
-    def bias(self) -> Tensor:
-        """Raise: there is no wrapped layer whose bias this could be."""
-        raise AttributeError("A prefix wraps no layer, so it has no bias.")
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise: keys and values in front of the sequence are no change of any weight."""
-        raise UnsupportedCallError(
-            "A prefix cannot be merged into the weights. Keep it beside the model; unload() gives the base model "
-            "back, and fold_prefix() drops the projection."
-        )
-
-    def unmerge(self) -> None:
-        """Raise: nothing is ever merged."""
-        self.merge()
-
-    def active_names(self, among: nn.ModuleDict | dict[str, Any]) -> list[str]:
-        """Return the active adapters that this module has, in the order in which they were activated."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in among]
-
-    def add_hook(self, handle: Any) -> None:
-        """Keep a hook's handle, so that `detach` can remove the hook."""
-        self._hooks.append(handle)
-
-    def detach(self) -> None:
-        """Remove every hook of this module from the base model."""
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks.clear()
 
 
 class PrefixLayer(PrefixTunerLayer):
@@ -86,38 +42,55 @@ class PrefixLayer(PrefixTunerLayer):
 
     Args:
         site: The attention module.
+        call: What its stack tells of the present call.
     """
 
     adapter_layer_names = ("hf_prefix_encoder",)
-    other_param_names = ("hf_prefix_scrolls",)
+    other_param_names = ("hf_prefix_scrolls", "hf_prefix_offset")
 
-    def __init__(self, site: AttentionSite) -> None:
+    def __init__(self, site: AttentionSite, call: StackCall) -> None:
         super().__init__()
         self.hf_prefix_encoder = nn.ModuleDict()
         self.hf_prefix_scrolls: dict[str, bool] = {}
+        self.hf_prefix_offset: dict[str, int] = {}
         names = forward_parameters(site.module)
         self._cross_attention = site.role == "cross"
         self._cache_argument = str(first_present(CACHE_ARGUMENTS, names))
         self._mask_argument = site.mask_argument
-        self._has_bias = BIAS_ARGUMENT in names
+        self._hides_with_true = site.hides_with_true
+        self._places = site.places
+        self._has_streams = PREDICT_MASK_ARGUMENT in names
+        self._needs_cache = site.needs_cache or site.mask_argument == MERGED_MASK_ARGUMENT
         # In tuples, so that modules of the base model do not become children.
         self._site_module = (site.module,)
-        self._bias_owner = (site.bias_owner,)
+        self._stack = (site.stack,)
         self._ready: tuple[object, KeyValuePrefix] | None = None
-        self.add_hook(site.module.register_forward_pre_hook(self.before_attention, with_kwargs=True))
-        if self._has_bias:
-            self.add_hook(site.module.register_forward_hook(self.after_attention))
+        self._order: Tensor | None = None
+        self._visibility = Visibility(site, call, self._scrolls)
+        self._bias = PositionBias(site, self._length)
+        self._shared_keys = SharedKeys(site, self._visibility, self._length, self._learns)
+        self._inner = inner_attention(site.module)
+        if self._inner is None:
+            self.add_hook(site.module.register_forward_pre_hook(self.before_attention, with_kwargs=True))
+        else:
+            self.add_hook(Replacement(site.module, self._inner.method, self.attend_inside))
+        selection, compression = KeySelection(self._length, self._offset), CompressedPositions(self._offset)
+        for part in (self._bias, self._shared_keys, selection, compression, WindowBuffer(self._length)):
+            for handle in part.hook(site.module):
+                self.add_hook(handle)
 
-    def update_layer(self, adapter_name: str, encoder: PrefixEncoder, scroll: bool) -> None:
+    def update_layer(self, adapter_name: str, encoder: PrefixEncoder, scroll: bool, offset: int) -> None:
         """Add a prefix.
 
         Args:
             adapter_name: Its name.
             encoder: Its parameters.
             scroll: Whether it leaves a sliding window as a prompt would.
+            offset: By how much it moves the positions of real tokens.
         """
         self.hf_prefix_encoder[adapter_name] = encoder
         self.hf_prefix_scrolls[adapter_name] = scroll
+        self.hf_prefix_offset[adapter_name] = offset
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -134,7 +107,14 @@ class PrefixLayer(PrefixTunerLayer):
     @property
     def length(self) -> int:
         """Number of virtual tokens that are active here."""
+        return self._length()
+
+    # Methods, not properties, for the helpers that ask at each call: a bound method follows a copy of the model.
+    def _length(self) -> int:
         return sum(encoder.num_virtual_tokens for encoder in self._active_encoders())
+
+    def _offset(self) -> int:
+        return sum(self.hf_prefix_offset[name] for name in self.active_names(self.hf_prefix_offset))
 
     def prefix_like(self, like: Tensor) -> KeyValuePrefix:
         """Return the active prefixes, one after the other, in the dtype and on the device of `like`.
@@ -157,32 +137,40 @@ class PrefixLayer(PrefixTunerLayer):
         if prefix_length == 0:
             return None
         arguments = named_arguments(module, args, kwargs)
-        if arguments.get("cache") is not None:
+        if "cache" in arguments and self._cache_argument != "cache":
             raise UnsupportedCallError(
                 "Continuous batching (generate_batch) keeps keys and values in pages that the prefix cannot be put "
                 "in front of; call generate instead, or disable the prefix."
             )
-        layer_idx = getattr(module, "layer_idx", None)
+        hidden_states = new_tokens(module, arguments[forward_parameters(module)[0]])
         cache = self._used_half(arguments.get(self._cache_argument))
-        hidden_states = arguments[forward_parameters(module)[0]]
-        extent = Extent.of(hidden_states.shape[1], cache, layer_idx)
-        if self._has_bias:
-            mask = arguments.get(self._mask_argument)
-            arguments[BIAS_ARGUMENT] = bias_behind_prefix(
-                self._bias_owner[0], arguments.get(BIAS_ARGUMENT), mask, prefix_length, extent
-            )
-        arguments[self._mask_argument] = self._mask(module, arguments, prefix_length, extent)
+        extent = Extent.of(hidden_states, cache, place_in_cache(module, arguments))
+        if PADDING_ARGUMENT in arguments:
+            merge_padding(arguments, self._mask_argument)
+        self._shared_keys.begin(extent)
+        self._bias.widen(arguments, prefix_length, extent)
+        arguments[self._mask_argument] = self._visibility.mask(module, arguments, prefix_length, extent)
+        self._order = self._key_order(arguments, prefix_length)
+        if self._order is not None:
+            arguments[self._mask_argument] = reordered(arguments[self._mask_argument], self._order, dim=-1)
+        if self._has_streams:
+            self._widen_streams(module, arguments, prefix_length, extent)
         arguments[self._cache_argument] = replace_cache(
-            arguments.get(self._cache_argument), self._cross_attention, self._view
+            self._given_cache(arguments), self._cross_attention, self._view
         )
         return (), arguments
 
-    def after_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Take the prefix's columns off the position bias that goes to the next layer."""
+    def attend_inside(self, *args: Any, **kwargs: Any) -> Any:
+        """Attend in place of the method inside a module that takes no cache."""
+        module, inner = self._site_module[0], cast(InnerAttention, self._inner)
+        arguments = inner.arguments(module, args, kwargs)
         prefix_length = self.length
         if prefix_length == 0:
-            return output
-        return (output[0], output[1][..., prefix_length:], *output[2:])
+            return inner.call(module, arguments)
+        arguments[inner.mask_argument] = inner.mask(arguments)
+        mask = self._visibility.mask(module, arguments, prefix_length, inner.extent(arguments))
+        prefix = self.prefix_like(inner.states(arguments)[0])
+        return inner.attend(module, self._stack[0], arguments, prefix, mask)
 
     def _active_encoders(self) -> list[PrefixEncoder]:
         return [self.encoder(name) for name in self.active_names(self.hf_prefix_encoder)]
@@ -193,21 +181,26 @@ class PrefixLayer(PrefixTunerLayer):
             return None
         return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
-    def _mask(self, module: nn.Module, arguments: Arguments, prefix_length: int, extent: Extent) -> Any:
-        mask = arguments.get(self._mask_argument)
-        if self._cross_attention:
-            return None if mask is None else prepend_visible(mask, prefix_length)
-        mask = mask_behind_prefix(mask, module, prefix_length, extent)
-        window = sliding_window(module)
-        if window is None or not self._scrolls():
-            return mask
-        positions = arguments.get(POSITIONS_ARGUMENT)
-        if positions is None:
-            raise UnsupportedCallError(
-                f"{type(module).__name__} is not told the positions of its tokens, so the prefix cannot scroll out "
-                "of its sliding window; use sliding_window='pin'."
-            )
-        return scroll_out(mask, positions, prefix_length, window, extent)
+    def _learns(self) -> bool:
+        return any(parameter.requires_grad for encoder in self._active_encoders() for parameter in encoder.sources())
+
+    def _widen_streams(self, module: nn.Module, arguments: Arguments, prefix_length: int, extent: Extent) -> None:
+        """Let the predicting streams (ProphetNet) see the prefix, in place."""
+        widen_buckets(module, arguments, prefix_length, extent)
+        mask = arguments.get(PREDICT_MASK_ARGUMENT)
+        if mask is not None:
+            # [batch, heads, stream, query, key + query]
+            own = arguments | {self._mask_argument: mask.flatten(1, 2)}
+            widened = self._visibility.mask(module, own, prefix_length, extent)
+            arguments[PREDICT_MASK_ARGUMENT] = widened.unflatten(1, mask.shape[1:3])
+
+    def _key_order(self, arguments: Arguments, prefix_length: int) -> Tensor | None:
+        """Return the order of `[prefix ; keys]` in each row [batch or 1, P + key], where it is not that order."""
+        bias, mask = arguments.get(BIAS_ARGUMENT), arguments.get(self._mask_argument)
+        if not isinstance(bias, Tensor) or bias.dim() != 3 or not isinstance(mask, Tensor):
+            return None
+        real = mask[..., prefix_length:]
+        return key_order(~real if self._hides_with_true else real, prefix_length)
 
     def _scrolls(self) -> bool:
         choices = {self.hf_prefix_scrolls[name] for name in self.active_names(self.hf_prefix_encoder)}
@@ -217,8 +210,27 @@ class PrefixLayer(PrefixTunerLayer):
             )
         return choices == {True}
 
+    def _given_cache(self, arguments: Arguments) -> Cache | None:
+        """Return the cache that the module is given; an empty one where it works on nothing less."""
+        cache: Cache | None = arguments.get(self._cache_argument)
+        if cache is not None or not self._needs_cache:
+            return cache
+        config = text_config(self._stack[0])
+        if MERGED_MASK_ARGUMENT in arguments:
+            return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+        return DynamicCache(config=config)
+
     def _view(self, cache: Cache | None) -> CacheView:
-        return PrefixedCache(cache, self.prefix_like)
+        view = PrefixedCache(cache, self._prefix_at, self._cross_attention)
+        return view if self._order is None else OrderedView(view, self._order)
+
+    def _prefix_at(self, like: Tensor, place: int | None) -> KeyValuePrefix:
+        """Return the part of the prefix that belongs to one place of the cache."""
+        prefix = self.prefix_like(like)
+        if len(self._places) > 1:
+            prefix = prefix.part(self._places.index(place), len(self._places))
+        block_size = self._visibility.block_size
+        return prefix if block_size is None else prefix.behind(-prefix.length % block_size)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own method would look for a wrapped layer and cast to its dtype; ours stay in float32.
@@ -226,7 +238,7 @@ class PrefixLayer(PrefixTunerLayer):
             return
         encoder = self.encoder(adapter_name)
         if not any(parameter.is_meta for parameter in encoder.parameters()):
-            encoder.to(device or next(self._site_module[0].parameters()).device)
+            encoder.to(device or device_of(self._site_module[0]))
 
 
 def _concatenated(encoders: list[PrefixEncoder]) -> KeyValuePrefix:

@@ -1,22 +1,30 @@
 """Positions of real tokens: P, P+1, ... where a prefix of length P comes first."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_prefix.attention.sites import (
     CACHE_ARGUMENTS,
     MASK_ARGUMENTS,
     PAST_LENGTH_ARGUMENT,
     POSITIONS_ARGUMENT,
-    counts_positions_from_padding,
     first_present,
     forward_parameters,
     position_table,
+    table_counted_from_padding,
     text_config,
 )
 from hf_prefix.errors import UnsupportedCallError, UnsupportedModelError
+
+_TABLE_INPUT = "input"
+"""What a plain `nn.Embedding` calls the positions that it is asked for."""
+_SHAPE = "inputs_shape"
+"""What ProphetNet's table of positions is told of the tokens."""
+_ALL_TOKENS_CACHE = "cache"
+"""The cache argument of XLM, whose inputs are all tokens, those in the cache included (transformers 5.23)."""
 
 
 def positions_module(stack: nn.Module) -> nn.Module:
@@ -25,48 +33,115 @@ def positions_module(stack: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: Neither takes any, or positions are counted in a way that is not known.
     """
-    if counts_positions_from_padding(stack):
-        raise UnsupportedModelError(
-            f"{type(stack).__name__} counts positions from its padding index on, and differently in generate; real "
-            "tokens cannot be placed after a prefix there yet. Use another decoder, or set offset_positions=False."
-        )
+    table = table_counted_from_padding(stack)
+    if table is not None:
+        return table
     if POSITIONS_ARGUMENT in forward_parameters(stack):
         return stack
-    for child in stack.children():
-        if isinstance(child, nn.Embedding) and POSITIONS_ARGUMENT in forward_parameters(child):
-            return child
+    for module in stack.modules():
+        names = forward_parameters(module)
+        is_table = isinstance(module, nn.Embedding) and POSITIONS_ARGUMENT in names
+        # Sinusoids need no table (MusicGen).
+        if is_table or (PAST_LENGTH_ARGUMENT in names and not isinstance(module, PreTrainedModel)):
+            return module
     raise UnsupportedModelError(
         f"{type(stack).__name__} takes no position_ids, so real tokens cannot be placed after the prefix; "
         "set offset_positions=False to leave them where they are."
     )
 
 
-def shift_positions(stack: nn.Module, arguments: dict[str, Any], offset: int) -> None:
+def shift_positions(stack: nn.Module, module: nn.Module, arguments: dict[str, Any], offset: int) -> None:
     """Move the positions of the tokens by `offset`, in place.
 
-    Positions that the caller left out follow the padding mask, as `generate` does it, so that a left-padded row
-    stands at the same distance from the prefix as the row alone.
+    Positions that the caller of a decoder left out follow the padding mask, as `generate` does it, so that a
+    left-padded row stands at the same distance from the prefix as the row alone.
 
     Args:
         stack: The decoder.
-        arguments: The forward arguments, by name, of the module that takes the positions.
+        module: What `positions_module` said of it.
+        arguments: The forward arguments of that module, by name.
         offset: Number of virtual tokens in front.
 
     Raises:
         UnsupportedCallError: The model has learned positions and not enough of them.
     """
+    if module is not stack:
+        _shift_table_input(stack, arguments, offset)
+        return
     past = _cached_length(arguments)
-    positions = arguments.get(POSITIONS_ARGUMENT)
-    if positions is None:
-        positions = _default_positions(arguments, past)
-    _check_room(stack, positions.shape[-1], past, offset)
+    given = arguments.get(POSITIONS_ARGUMENT)
+    positions = _default_positions(arguments, past) if given is None else given
+    _check_room(stack, positions.shape[-1], past, offset, given)
     arguments[POSITIONS_ARGUMENT] = positions + offset
+
+
+def returns_positions(table: nn.Module) -> bool:
+    """Whether a table of positions works out the positions by itself and returns them too (ProphetNet)."""
+    return isinstance(table, nn.Embedding) and _SHAPE in forward_parameters(table)
+
+
+def shift_returned_positions(
+    stack: nn.Module, table: nn.Embedding, arguments: dict[str, Any], output: tuple[Tensor, Tensor], offset: int
+) -> tuple[Tensor, Tensor]:
+    """Return the embeddings and positions [batch or 1, token] of a table that works out positions by itself.
+
+    Args:
+        stack: The decoder.
+        table: Its table.
+        arguments: The forward arguments of the table, by name.
+        output: What the table returns for a sequence without a prefix.
+        offset: Number of virtual tokens in front.
+
+    Raises:
+        UnsupportedCallError: The table has not enough positions.
+    """
+    past, length = _cached_length(arguments), int(arguments[_SHAPE][1])
+    # The first token stands behind padding_idx, and the predicting streams stand one ahead.
+    _check_room(stack, (table.padding_idx or 0) + length + 2, past, offset)
+    positions = output[1] + offset
+    return nn.functional.embedding(positions, table.weight), positions
+
+
+def counts_columns(root: nn.Module, stack: nn.Module) -> bool:
+    """Whether a model with parts beside its text decoder counts positions itself, padding included.
+
+    The decoder cannot tell these positions from such as its caller chose. Models whose positions have several
+    dimensions count them from the padding mask.
+    """
+    config = cast(PreTrainedModel, root).config
+    takes_both = {POSITIONS_ARGUMENT, "attention_mask"} <= set(forward_parameters(root))
+    several = any(hasattr(module, "get_rope_index") for module in root.modules())
+    return root is not stack and config.get_text_config() is not config and takes_both and not several
+
+
+def fill_positions(arguments: dict[str, Any]) -> None:
+    """Fill in the positions that the caller of a model left out, by the padding mask, in place.
+
+    Args:
+        arguments: The forward arguments of the model, by name.
+    """
+    if arguments.get(POSITIONS_ARGUMENT) is None and isinstance(arguments.get("attention_mask"), Tensor):
+        arguments[POSITIONS_ARGUMENT] = _default_positions(arguments, _cached_length(arguments))
+
+
+def _shift_table_input(stack: nn.Module, arguments: dict[str, Any], offset: int) -> None:
+    """Move what a table of positions is asked for: the positions, or where they start."""
+    past = arguments.get(PAST_LENGTH_ARGUMENT, 0)
+    name = first_present((POSITIONS_ARGUMENT, _TABLE_INPUT), arguments)
+    if name is not None and arguments[name] is not None:
+        _check_room(stack, arguments[name].shape[-1], past, offset)
+        arguments[name] = arguments[name] + offset
+        return
+    tokens = next(iter(arguments.values()))
+    shape = tokens.shape if isinstance(tokens, Tensor) else tokens
+    _check_room(stack, shape[1], past, offset)
+    arguments[PAST_LENGTH_ARGUMENT] = past + offset
 
 
 def _cached_length(arguments: dict[str, Any]) -> int | Tensor:
     name = first_present(CACHE_ARGUMENTS, arguments)
     cache = arguments[name] if name is not None else None
-    past: int | Tensor = arguments.get(PAST_LENGTH_ARGUMENT, 0) if cache is None else cache.get_seq_length()
+    past: int | Tensor = 0 if cache is None or name == _ALL_TOKENS_CACHE else cache.get_seq_length()
     return past
 
 
@@ -77,20 +152,25 @@ def _default_positions(arguments: dict[str, Any], past: int | Tensor) -> Tensor:
     name = first_present(MASK_ARGUMENTS, arguments)
     mask = arguments[name] if name is not None else None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return places[None]
+        return places[None].expand(tokens.shape[0], -1)
     real = (mask.long().cumsum(dim=-1) - 1).clamp(min=0).to(tokens.device)
     return real.index_select(1, places)
 
 
-def _check_room(stack: nn.Module, length: int, past: int | Tensor, offset: int) -> None:
+def _check_room(
+    stack: nn.Module, length: int, past: int | Tensor, offset: int, positions: Tensor | None = None
+) -> None:
     # A static cache counts in a tensor; reading it would stall a GPU, and the cache itself is bounded.
     if position_table(stack) is None or isinstance(past, Tensor):
         return
     limit = int(text_config(stack).max_position_embeddings)
     needed = offset + past + length
+    if needed > limit and positions is not None:
+        # Those of a packed row start again. They are read only where the number of tokens does not decide.
+        needed = offset + int(positions.max()) + 1
     if needed > limit:
         raise UnsupportedCallError(
-            f"{past + length} tokens behind a prefix of {offset} need {needed} positions, but "
+            f"{needed - offset} tokens behind a prefix of {offset} need {needed} positions, but "
             f"{type(stack).__name__} has learned {limit}; shorten the input by {needed - limit} tokens or use a "
             "shorter prefix."
         )

@@ -1,25 +1,26 @@
-"""Learned relative positions (T5): the bias of the prefix, which stands before the sequence.
-
-The layers of T5 hand one bias to the next. Between layers it keeps the size that the base model gives it; each
-layer with a prefix adds its own columns and takes them off again, so layers with and without one can be mixed.
-"""
+"""Position biases behind a prefix, which stands before the sequence: learned distances and linear ones (ALiBi)."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
-from hf_prefix.attention.masks import Extent
+from hf_prefix.attention.masks import Extent, visible_to_last_query
 from hf_prefix.attention.sites import RelativeBias
 
 
 def bias_behind_prefix(
-    owner: RelativeBias | None, bias: Tensor | None, mask: Tensor | None, prefix_length: int, extent: Extent
+    owner: RelativeBias | None,
+    bias: Tensor | None,
+    mask: Tensor | BlockMask | None,
+    prefix_length: int,
+    extent: Extent,
 ) -> Tensor | None:
     """Return the position bias of `[prefix ; keys]`.
 
     Args:
         owner: The module that learns the bias; None where there is none to learn (cross-attention).
         bias: Bias of the real keys [1 or batch, heads, query, key], or None in the first layer.
-        mask: The mask of the real keys [batch, heads or 1, query, key], or None.
+        mask: The mask of the real keys [batch, heads or 1, query, key], of FlexAttention too, or None.
         prefix_length: Number of virtual tokens P.
         extent: The tokens of this call.
 
@@ -27,19 +28,41 @@ def bias_behind_prefix(
         [1 or batch, heads, query, P + key], or None where the module makes its own zeros.
     """
     if owner is None:
-        return None if bias is None else nn.functional.pad(bias, (prefix_length, 0))
+        return None if bias is None else zero_behind_prefix(bias, prefix_length)
     queries, past = extent.query_length, extent.query_offset
     if bias is None:
-        bias = owner.compute_bias(queries, extent.key_length, past_seen_tokens=past)
+        bias = owner.compute_bias(queries, extent.key_length, device=extent.device, past_seen_tokens=past)
     if mask is None:
-        front = owner.compute_bias(queries, prefix_length, past_seen_tokens=past + prefix_length)
+        front = owner.compute_bias(queries, prefix_length, device=extent.device, past_seen_tokens=past + prefix_length)
     else:
         front = _bias_past_padding(owner, mask, prefix_length, extent)
     rows = max(front.shape[0], bias.shape[0])
     return torch.cat([front.to(bias).expand(rows, -1, -1, -1), bias.expand(rows, -1, -1, -1)], dim=-1)
 
 
-def _bias_past_padding(owner: RelativeBias, mask: Tensor, prefix_length: int, extent: Extent) -> Tensor:
+def alibi_behind_prefix(slopes: Tensor, alibi: Tensor, prefix_length: int) -> Tensor:
+    """Return the linear position bias of `[prefix ; keys]` (ALiBi, Press et al. 2022).
+
+    The bias is a slope times the key's place. Moving all places by the same number changes nothing after the
+    softmax, so real tokens keep theirs, from 0 on, and the prefix stands at -P to -1.
+
+    Args:
+        slopes: Slope of each head [heads].
+        alibi: Bias of the real keys [batch * heads, 1, key] or [batch, heads, 1 or query, key].
+        prefix_length: Number of virtual tokens P.
+    """
+    places = torch.arange(-prefix_length, 0, device=alibi.device)
+    front = (slopes.to(alibi.device)[:, None, None] * places).to(alibi.dtype)
+    front = front.repeat(alibi.shape[0] // len(slopes), 1, 1) if alibi.dim() == 3 else front[None]
+    return torch.cat([front.expand(*alibi.shape[:-1], -1), alibi], dim=-1)
+
+
+def zero_behind_prefix(bias: Tensor, prefix_length: int) -> Tensor:
+    """Return a bias [..., key] with zeros in front, for models whose bias has no meaning before the sequence."""
+    return nn.functional.pad(bias, (prefix_length, 0))
+
+
+def _bias_past_padding(owner: RelativeBias, mask: Tensor | BlockMask, prefix_length: int, extent: Extent) -> Tensor:
     """Return the bias of the prefix [batch, heads, query, P], which stands before the first real token of each row.
 
     A row with d tokens of padding on its left is d tokens nearer to the prefix than its columns say.
@@ -47,18 +70,25 @@ def _bias_past_padding(owner: RelativeBias, mask: Tensor, prefix_length: int, ex
     longest = extent.key_length
     # One table for every distance that can occur; reading the paddings to make a smaller one would stall a GPU.
     table = owner.compute_bias(
-        extent.query_length + longest, prefix_length, past_seen_tokens=extent.query_offset + prefix_length - longest
+        extent.query_length + longest,
+        prefix_length,
+        device=extent.device,
+        past_seen_tokens=extent.query_offset + prefix_length - longest,
     )[0]
-    queries = torch.arange(extent.query_length, device=mask.device)
-    places = longest - _left_padding(mask)[:, None] + queries
+    padding = _left_padding(mask)
+    places = longest - padding[:, None] + torch.arange(extent.query_length, device=padding.device)
     return table[:, places.to(table.device)].transpose(0, 1)
 
 
-def _left_padding(mask: Tensor) -> Tensor:
+def first_visible(mask: Tensor) -> Tensor:
+    """Return the first key that each query sees [batch, query]."""
+    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    return (visible.long().cumsum(dim=-1) == 0).sum(dim=-1).clamp(max=mask.shape[-1] - 1)
+
+
+def _left_padding(mask: Tensor | BlockMask) -> Tensor:
     """Return how many keys of each row come before the first visible one [batch].
 
     The last query is asked, which sees every real key.
     """
-    last = mask[:, 0, -1]
-    visible = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-    return (visible.long().cumsum(dim=-1) == 0).sum(dim=-1)
+    return (visible_to_last_query(mask).long().cumsum(dim=-1) == 0).sum(dim=-1)

@@ -6,22 +6,32 @@ Nothing here is a list of models: what is known are the names of arguments and a
 import inspect
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_prefix.config import Role
 from hf_prefix.errors import UnsupportedModelError
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
-MASK_ARGUMENTS = ("attention_mask", "mask")
+# The last two are those of FSMT and XLM.
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "layer_state", "cache")
+MERGED_MASK_ARGUMENT = "merged_attention_mask"
+MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask", MERGED_MASK_ARGUMENT)
+CAUSAL_MASK = "causal"
+"""The entry for attention where a module is given several masks."""
+# In PyTorch's own convention: true, or additive minus infinity, is padding.
+PADDING_ARGUMENT = "key_padding_mask"
 # GPT-2 style attention serves both roles and reads its cross-attention mask from an argument of its own.
 CROSS_MASK_ARGUMENTS = ("encoder_attention_mask", *MASK_ARGUMENTS)
 ENCODER_STATES_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
 BIAS_ARGUMENT = "position_bias"
+ALIBI_ARGUMENT = "alibi"
+SHARED_STATES_ARGUMENT = "shared_kv_states"
+PREVIOUS_SELECTION_ARGUMENT = "prev_topk_indices"
 POSITIONS_ARGUMENT = "position_ids"
+KEY_POSITIONS_ARGUMENT = "key_positions"
 PAST_LENGTH_ARGUMENT = "past_key_values_length"
 STACK_INPUT_ARGUMENTS = ("input_ids", "inputs_embeds")
 
@@ -36,18 +46,26 @@ def forward_parameters(module: nn.Module) -> tuple[str, ...]:
 
     Read from the class, since libraries that offload weights wrap `forward` on the instance.
     """
-    return _parameters(type(module).forward)
+    method = type(module).forward
+    # Asked at every call of every attention module, and slow to find out. Not functools.cache, of which
+    # torch.compile warns that it looks through it.
+    if method not in _PARAMETERS:
+        _PARAMETERS[method] = tuple(inspect.signature(method).parameters)[1:]
+    return _PARAMETERS[method]
 
 
-@cache
-def _parameters(method: Callable[..., object]) -> tuple[str, ...]:
-    # Asked at every call of every attention module, and slow to find out.
-    return tuple(inspect.signature(method).parameters)[1:]
+_PARAMETERS: dict[Callable[..., object], tuple[str, ...]] = {}
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward call by name, however they were passed."""
     return dict(zip(forward_parameters(module), args, strict=False)) | kwargs
+
+
+def tokens_per_place(model: nn.Module) -> int:
+    """Return how many tokens a model has at each place of a row, of several codebooks (MusicGen); 1 for text."""
+    embedding = cast(PreTrainedModel, model).get_input_embeddings()
+    return len(embedding) if isinstance(embedding, nn.ModuleList) else 1
 
 
 def first_present(names: tuple[str, ...], among: Container[str]) -> str | None:
@@ -58,7 +76,9 @@ def first_present(names: tuple[str, ...], among: Container[str]) -> str | None:
 class RelativeBias(Protocol):
     """An attention module that learns relative positions, as T5 names its method."""
 
-    def compute_bias(self, query_length: int, key_length: int, *, past_seen_tokens: int | Tensor) -> Tensor:
+    def compute_bias(
+        self, query_length: int, key_length: int, *, device: torch.device, past_seen_tokens: int | Tensor
+    ) -> Tensor:
         """Return [1, heads, query, key] for queries that start at `past_seen_tokens`."""
         ...
 
@@ -77,6 +97,15 @@ class AttentionSite:
         stack: The encoder or decoder that the module belongs to.
         bias_owner: The module whose learned relative positions this one uses (T5), or None.
         mask_argument: Name of the argument with its attention mask.
+        places: The places of the cache that the module stores into. Several where it runs several times in one
+            forward pass; `heads` then counts the heads of all of them, and each place has its own part of the prefix.
+        readers: Modules that attend to the keys and values of this one instead of their own.
+        needs_cache: Whether the module works only on a real cache, and not on one that merely has `update`.
+        slopes: Slope of the linear position bias of each head [heads], where the model uses ALiBi; else None.
+        mask_slopes: Slope of that bias in the attention mask [heads], where it is there (Falcon); else None.
+        hides_with_true: Whether true in the module's boolean mask means hidden.
+        one_decoder: Whether all decoder attention of the model is in one stack, so that positions mean one thing.
+        counts_keys: Whether the module counts the distances of tokens in keys by itself (XLNet).
     """
 
     name: str
@@ -88,6 +117,22 @@ class AttentionSite:
     stack: nn.Module
     bias_owner: RelativeBias | None
     mask_argument: str
+    places: tuple[int | None, ...] = (None,)
+    readers: tuple[nn.Module, ...] = ()
+    needs_cache: bool = False
+    slopes: Tensor | None = None
+    mask_slopes: Tensor | None = None
+    hides_with_true: bool = False
+    one_decoder: bool = True
+    counts_keys: bool = False
+
+    @property
+    def has_relative_positions(self) -> bool:
+        """Whether the module is told the distances of tokens, so that only their order matters."""
+        names = forward_parameters(self.module)
+        told = BIAS_ARGUMENT in names and not hands_bias_on(self.module)
+        learned = self.bias_owner is not None or computes_own_bias(self.module)
+        return learned or told or self.slopes is not None or self.counts_keys
 
     @property
     def model_size(self) -> int:
@@ -95,22 +140,122 @@ class AttentionSite:
         return int(text_config(self.stack).hidden_size)
 
 
-def attends_to_encoder(arguments: dict[str, Any]) -> bool:
-    """Whether a call of an attention module, by its arguments, is cross-attention."""
-    return any(arguments.get(name) is not None for name in ENCODER_STATES_ARGUMENTS)
+def attends_to_encoder(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether a call of an attention module, by its arguments, is cross-attention.
+
+    FSMT gives its modules the states of keys in either role, and tells each at construction. T5Gemma 2 attends to
+    decoder and encoder in one softmax, where a prefix in front of the decoder's keys is in front of all.
+    """
+    if MERGED_MASK_ARGUMENT in arguments:
+        return False
+    told = any(arguments.get(name) is not None for name in ENCODER_STATES_ARGUMENTS)
+    return told or bool(getattr(module, "encoder_decoder_attention", False))
 
 
 def sliding_window(module: nn.Module) -> int | None:
     """Return the window of an attention module: how many positions it sees, its own included, or None."""
-    missing = object()
-    window = getattr(module, "sliding_window", missing)
-    if window is missing:
-        config = getattr(module, "config", None)
-        window = getattr(config, "sliding_window", None)
-        layer_types = getattr(config, "layer_types", None)
-        if layer_types is not None and layer_types[module.layer_idx] != "sliding_attention":
-            window = None
-    return window if isinstance(window, int) and window > 0 else None
+    window, config = getattr(module, "sliding_window", None), getattr(module, "config", None)
+    if window_buffer(module) is not None:
+        return int(config.window_size)  # type: ignore[union-attr]
+    kind = _layer_type(module)
+    if not hasattr(module, "sliding_window"):
+        window = getattr(config, "sliding_window", None) if kind in (None, "sliding_attention") else None
+    # Some name the window in layers too that do not slide (EXAONE 4).
+    slides = getattr(module, "is_sliding", kind != "full_attention")
+    return window if slides and isinstance(window, int) and window > 0 else None
+
+
+def _layer_type(module: nn.Module) -> str | None:
+    """Return what the configuration says of an attention module's layer, or None."""
+    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
+    layer = getattr(module, "layer_idx", None)
+    if layer_types is None:
+        return None
+    return str(layer_types[layer]) if layer is not None and 0 <= layer < len(layer_types) else "full_attention"
+
+
+def place_in_cache(module: nn.Module, arguments: dict[str, Any]) -> int | None:
+    """Return the place of the cache that a call of an attention module stores into.
+
+    A module that runs several times is told which run this is: by the layer (Zamba) or by an offset (HRM).
+    """
+    place = arguments.get("layer_idx", getattr(module, "layer_idx", getattr(module, "layer_id", None)))
+    return None if place is None else int(place) + int(arguments.get("cycle_offset", 0))
+
+
+def shared_states(arguments: dict[str, Any]) -> Any:
+    """Return the keys and values by layer type that a model shares between its layers (Gemma 3n), or None."""
+    return arguments.get(SHARED_STATES_ARGUMENT)
+
+
+def selecting_module(module: nn.Module) -> nn.Module | None:
+    """Return the part of a sparse attention module that selects which keys a query sees, or None."""
+    return cast(nn.Module | None, getattr(module, "indexer", None))
+
+
+def selected_block_size(selecting: nn.Module | None) -> int | None:
+    """Return the number of keys that a selecting module selects at once; None where it selects single keys.
+
+    MiniMax M3 counts blocks from the first key on, so that a prefix must fill whole blocks.
+    """
+    return cast(Any, selecting).block_size if hasattr(selecting, "build_block_mask") else None
+
+
+def compressing_module(module: nn.Module) -> nn.Module | None:
+    """Return the part of an attention module that makes one key of a window of tokens, or None."""
+    return cast(nn.Module | None, getattr(module, "compressor", None))
+
+
+def linear_bias_slopes(arguments: dict[str, Any]) -> Tensor | None:
+    """Return the slope of each head [heads] in a call that was given a linear position bias (ALiBi), or None.
+
+    Args:
+        arguments: The arguments of a call for one row of at least two tokens.
+    """
+    alibi = arguments.get(ALIBI_ARGUMENT)
+    return None if alibi is None else (alibi[..., 1] - alibi[..., 0]).flatten().float()
+
+
+def linear_mask_slopes(module: nn.Module, arguments: dict[str, Any]) -> Tensor | None:
+    """Return the slope of each head [heads] in an additive mask that has the linear position bias in it, or None.
+
+    Args:
+        module: The attention module.
+        arguments: The arguments of a call for one row of at least two tokens without padding.
+    """
+    mask = arguments.get(str(first_present(MASK_ARGUMENTS, forward_parameters(module))))
+    if arguments.get(ALIBI_ARGUMENT) is None or not isinstance(mask, Tensor) or not mask.is_floating_point():
+        return None
+    slopes = (mask[0, :, -1, 1] - mask[0, :, -1, 0]).float()
+    return slopes if slopes.any() else None
+
+
+def hides_with_true(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether true means hidden in a module's boolean mask (MPT), judged by a call for tokens without padding."""
+    mask = arguments.get(str(first_present(MASK_ARGUMENTS, forward_parameters(module))))
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        return False
+    # The last token sees the first.
+    return not bool(mask[..., -1, 0].all())
+
+
+def check_can_scroll(module: nn.Module) -> None:
+    """Check that a prefix can leave the module's window as a prompt would.
+
+    Raises:
+        UnsupportedModelError: The module attends in chunks that are counted from the first real token (Llama 4);
+            behind a prompt their borders would lie elsewhere.
+    """
+    if _layer_type(module) == "chunked_attention":
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does chunked_attention, whose chunks are counted from the first real token, so "
+            "the prefix cannot scroll out of them as a prompt would; use sliding_window='pin'."
+        )
+
+
+def window_buffer(module: nn.Module) -> Tensor | None:
+    """Return the buffer [1, 1, positions, positions] by which GPT-Neo's local attention hides tokens, or None."""
+    return cast(Tensor, module.bias) if getattr(module, "attention_type", None) == "local" else None
 
 
 def is_causal(module: nn.Module) -> bool:
@@ -137,11 +282,11 @@ def position_table(stack: nn.Module) -> nn.Embedding | None:
     return None
 
 
-def counts_positions_from_padding(stack: nn.Module) -> bool:
-    """Whether a stack derives positions from its input in the way of RoBERTa: the first is padding_idx + 1."""
+def table_counted_from_padding(stack: nn.Module) -> nn.Embedding | None:
+    """Return the position table of a stack that counts in the way of RoBERTa, from padding_idx + 1 on, or None."""
     limit, tokens = getattr(text_config(stack), "max_position_embeddings", None), _token_embedding(stack)
-    tables = (module for module in stack.modules() if isinstance(module, nn.Embedding) and module is not tokens)
-    return any(table.padding_idx is not None and table.num_embeddings == limit for table in tables)
+    tables = (module for module in stack.modules() if type(module) is nn.Embedding and module is not tokens)
+    return next((table for table in tables if table.padding_idx is not None and table.num_embeddings == limit), None)
 
 
 def _token_embedding(stack: nn.Module) -> nn.Module:
@@ -163,9 +308,19 @@ def mask_argument(module: nn.Module, role: Role) -> str:
     return name
 
 
+def hands_bias_on(module: nn.Module) -> bool:
+    """Whether an attention module returns its position bias for the next one to use, as T5's do."""
+    return BIAS_ARGUMENT in forward_parameters(module) and hasattr(module, "has_relative_attention_bias")
+
+
+def computes_own_bias(module: nn.Module) -> bool:
+    """Whether an attention module computes learned relative positions inside, from the number of its keys (UMT5)."""
+    return bool(getattr(module, "has_relative_attention_bias", False)) and not hands_bias_on(module)
+
+
 def bias_owner(module: nn.Module, same_role: list[nn.Module]) -> RelativeBias | None:
     """Return the module of the same role that learns relative positions; the layers of T5 share the first's."""
-    if BIAS_ARGUMENT not in forward_parameters(module):
+    if not hands_bias_on(module):
         return None
     owners = [other for other in (module, *same_role) if getattr(other, "has_relative_attention_bias", False)]
     if owners and not callable(getattr(owners[0], "compute_bias", None)):

@@ -5,9 +5,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hf_prefix.attention.layer import Arguments, HookResult, PrefixTunerLayer
-from hf_prefix.attention.positions import positions_module, shift_positions
-from hf_prefix.attention.sites import named_arguments
+from hf_prefix.attention.packing import check_packing
+from hf_prefix.attention.placement import device_of
+from hf_prefix.attention.positions import (
+    counts_columns,
+    fill_positions,
+    positions_module,
+    returns_positions,
+    shift_positions,
+    shift_returned_positions,
+)
+from hf_prefix.attention.sites import POSITIONS_ARGUMENT, named_arguments
+from hf_prefix.attention.tuner_layer import Arguments, HookResult, PrefixTunerLayer, StackCall
 from hf_prefix.config import Role
 from hf_prefix.prefix.encoders import PrefixTrunk
 
@@ -21,37 +30,46 @@ class PrefixStack(PrefixTunerLayer):
     Args:
         role: The role.
         stack: The encoder or decoder that the role's attention modules belong to.
+        root: The whole model.
     """
 
     adapter_layer_names = ("hf_prefix_trunk",)
     other_param_names = ("hf_prefix_offset",)
 
-    def __init__(self, role: Role, stack: nn.Module) -> None:
+    def __init__(self, role: Role, stack: nn.Module, root: nn.Module) -> None:
         super().__init__()
         self.role = role
         self.hf_prefix_trunk = nn.ModuleDict()
         self.hf_prefix_offset: dict[str, int] = {}
-        # In a tuple, so that the stack does not become a child.
-        self._stack = (stack,)
-        self._shifts_positions = False
-        self.add_hook(stack.register_forward_pre_hook(self.begin_forward))
+        # In tuples, so that they do not become children.
+        self._stack, self._root = (stack,), (root,)
+        self._shifts_positions = self._keeps_positions = False
+        self.call = StackCall()
+        self.add_hook(stack.register_forward_pre_hook(self.begin_forward, with_kwargs=True))
 
-    def update_layer(self, adapter_name: str, trunk: PrefixTrunk | None, offset: int) -> None:
+    def update_layer(self, adapter_name: str, trunk: PrefixTrunk | None, offset: int, scroll: bool) -> None:
         """Add a prefix.
 
         Args:
             adapter_name: Its name.
             trunk: The shared part of its MLP; None without projection.
             offset: By how much it moves the positions of real tokens.
+            scroll: Whether it leaves a sliding window, for which these positions are kept until the next call.
 
         Raises:
             UnsupportedModelError: Positions shall move, but the model does not let them.
         """
         if offset and not self._shifts_positions:
             module = positions_module(self._stack[0])
-            self.add_hook(module.register_forward_pre_hook(self.before_positions, with_kwargs=True))
+            if returns_positions(module):
+                self.add_hook(module.register_forward_hook(self.after_positions, with_kwargs=True))
+            else:
+                self.add_hook(module.register_forward_pre_hook(self.before_positions, with_kwargs=True))
+            if counts_columns(self._root[0], self._stack[0]):
+                self.add_hook(self._root[0].register_forward_pre_hook(self.before_model, with_kwargs=True))
             self._shifts_positions = True
         self.hf_prefix_offset[adapter_name] = offset
+        self._keeps_positions |= scroll
         if trunk is not None:
             self.hf_prefix_trunk[adapter_name] = trunk
             self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -67,18 +85,43 @@ class PrefixStack(PrefixTunerLayer):
             return
         trunk = self.trunk(adapter_name)
         if not any(parameter.is_meta for parameter in trunk.parameters()):
-            trunk.to(device or next(self._stack[0].parameters()).device)
+            trunk.to(device or device_of(self._stack[0]))
 
-    def begin_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Let the trunks be evaluated anew, once, in the forward pass that begins."""
+    def begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+        """Let the trunks be evaluated anew, once, in the forward pass that begins; look for packed rows."""
+        if self.role == "decoder" and self.active_names(self.hf_prefix_offset):
+            check_packing(module, named_arguments(module, args, kwargs), self.call)
         for adapter_name in self.hf_prefix_trunk:
             self.trunk(adapter_name).begin_forward()
 
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> HookResult:
+        """Count positions by the padding mask before the model counts columns."""
+        if not self.active_names(self.hf_prefix_offset):
+            return None
+        arguments = named_arguments(module, args, kwargs)
+        fill_positions(arguments)
+        return (), arguments
+
     def before_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> HookResult:
         """Move the positions of real tokens behind the active prefixes."""
-        offset = sum(self.hf_prefix_offset[name] for name in self.active_names(self.hf_prefix_offset))
+        offset = self._offset()
         if offset == 0:
             return None
         arguments = named_arguments(module, args, kwargs)
-        shift_positions(self._stack[0], arguments, offset)
+        shift_positions(self._stack[0], module, arguments, offset)
+        if self._keeps_positions:
+            self.call.positions = arguments.get(POSITIONS_ARGUMENT)
         return (), arguments
+
+    def after_positions(
+        self, table: nn.Embedding, args: tuple[Any, ...], kwargs: Arguments, output: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Move the positions that a table returns behind the active prefixes."""
+        offset = self._offset()
+        if offset == 0:
+            return output
+        arguments = named_arguments(table, args, kwargs)
+        return shift_returned_positions(self._stack[0], table, arguments, output, offset)
+
+    def _offset(self) -> int:
+        return sum(self.hf_prefix_offset[name] for name in self.active_names(self.hf_prefix_offset))

@@ -19,7 +19,7 @@ class PrefixShape:
         heads: Number of key/value heads.
         num_virtual_tokens: Length P.
         key_size: Size of a key head.
-        value_size: Size of a value head.
+        value_size: Size of a value head; 0 where the keys serve as values too.
     """
 
     heads: int
@@ -66,21 +66,13 @@ class PrefixEncoder(nn.Module, ABC):
             PrefixNotLoadedError: The prefix was attached from a saved configuration and never got its weights.
         """
         if self.awaiting_weights:
-            self._check_loaded()
+            _check_loaded(self)
+            self.awaiting_weights = False
         prefix = self.compute()
         if not self.training or self.dropout == 0:
             return prefix
         dropout = nn.functional.dropout
         return KeyValuePrefix(dropout(prefix.key, self.dropout), dropout(prefix.value, self.dropout))
-
-    def _check_loaded(self) -> None:
-        if any(parameter.is_meta or not bool(parameter.isfinite().all()) for parameter in self.sources()):
-            raise PrefixNotLoadedError(
-                "This prefix was attached from a saved configuration, but its weights were not loaded or are not "
-                "finite. Load both with PeftModel.from_pretrained(model, folder) or model.load_adapter(folder), "
-                "or set config.initialized = False to train a new prefix with the same options."
-            )
-        self.awaiting_weights = False
 
 
 class DirectPrefix(PrefixEncoder):
@@ -95,23 +87,27 @@ class DirectPrefix(PrefixEncoder):
     def __init__(self, shape: PrefixShape, dropout: float, awaiting_weights: bool) -> None:
         super().__init__(shape, dropout, awaiting_weights)
         self.key = nn.Parameter(torch.randn(shape.heads, shape.num_virtual_tokens, shape.key_size))
-        self.value = nn.Parameter(torch.randn(shape.heads, shape.num_virtual_tokens, shape.value_size))
+        if shape.value_size:
+            self.value = nn.Parameter(torch.randn(shape.heads, shape.num_virtual_tokens, shape.value_size))
+        else:
+            self.register_parameter("value", None)
         if awaiting_weights:
             _overwrite_with_nan(self)
 
     def compute(self) -> KeyValuePrefix:
         """Return the parameters."""
-        return KeyValuePrefix(self.key, self.value)
+        return KeyValuePrefix(self.key, self.key[..., :0] if self.value is None else self.value)
 
     @torch.no_grad()
     def initialize(self, key: Tensor, value: Tensor) -> None:
         """Copy the keys and values."""
         self.key.copy_(key)
-        self.value.copy_(value)
+        if self.value is not None:
+            self.value.copy_(value)
 
     def sources(self) -> list[Tensor]:
         """Return key and value."""
-        return [self.key, self.value]
+        return [self.key] if self.value is None else [self.key, self.value]
 
 
 class PrefixTrunk(nn.Module):
@@ -130,6 +126,7 @@ class PrefixTrunk(nn.Module):
         linear = nn.Linear(model_size, hidden_size)
         self.embedding = nn.Parameter(torch.randn(num_virtual_tokens, model_size))
         self.weight, self.bias = linear.weight, linear.bias
+        self.awaiting_weights = awaiting_weights
         if awaiting_weights:
             _overwrite_with_nan(self)
         self._hidden: Tensor | None = None
@@ -153,13 +150,20 @@ class PrefixTrunk(nn.Module):
         usable = known is not None and (known.requires_grad or not torch.is_grad_enabled())
         if usable and self._evaluated_by != caller:
             return known  # type: ignore[return-value]
-        hidden = self.evaluate()
+        hidden: Tensor = self()
         if known is None or self._evaluated_by == caller:
             self._hidden, self._evaluated_by = hidden, caller
         return hidden
 
-    def evaluate(self) -> Tensor:
-        """Return H, in float32 whatever the autocast."""
+    def forward(self) -> Tensor:
+        """Return H, in float32 whatever the autocast.
+
+        Raises:
+            PrefixNotLoadedError: The prefix was attached from a saved configuration and never got its weights.
+        """
+        if self.awaiting_weights:
+            _check_loaded(self)
+            self.awaiting_weights = False
         with torch.autocast(self.weight.device.type, enabled=False):
             return torch.tanh(nn.functional.linear(self.embedding, self.weight, self.bias))
 
@@ -203,7 +207,7 @@ class ProjectedPrefix(PrefixEncoder):
     @torch.no_grad()
     def initialize(self, key: Tensor, value: Tensor) -> None:
         """Solve the slice by least squares: exact while P is at most the hidden width."""
-        hidden = self.trunk.evaluate()
+        hidden = self.trunk()
         if hidden.shape[0] > hidden.shape[1]:
             warnings.warn(
                 f"num_virtual_tokens={hidden.shape[0]} exceeds encoder_hidden_size={hidden.shape[1]}, so the "
@@ -232,6 +236,16 @@ class ProjectedPrefix(PrefixEncoder):
 def _rows(states: Tensor) -> Tensor:
     """Return [heads, P, size] as [P, heads * size]."""
     return states.transpose(0, 1).flatten(1)
+
+
+def _check_loaded(module: nn.Module) -> None:
+    # Each module looks at its own parameters only, and in its forward: elsewhere they may be offloaded.
+    if any(parameter.is_meta or not bool(parameter.isfinite().all()) for parameter in module.parameters()):
+        raise PrefixNotLoadedError(
+            "This prefix was attached from a saved configuration, but its weights were not loaded or are not "
+            "finite. Load both with PeftModel.from_pretrained(model, folder) or model.load_adapter(folder), "
+            "or set config.initialized = False to train a new prefix with the same options."
+        )
 
 
 @torch.no_grad()

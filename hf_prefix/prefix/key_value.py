@@ -14,7 +14,7 @@ class KeyValuePrefix:
 
     Args:
         key: [kv_heads, num_virtual_tokens, key_head_dim]
-        value: [kv_heads, num_virtual_tokens, value_head_dim]
+        value: [kv_heads, num_virtual_tokens, value_head_dim]; of size 0 where the keys are the values.
 
     Raises:
         ValueError: The two do not agree in heads or length.
@@ -41,6 +41,15 @@ class KeyValuePrefix:
             return self
         return KeyValuePrefix(self.key.to(like), self.value.to(like))
 
+    def part(self, index: int, parts: int) -> "KeyValuePrefix":
+        """Return one of the equal parts into which the heads fall, for a module that runs several times."""
+        return KeyValuePrefix(self.key.chunk(parts)[index], self.value.chunk(parts)[index])
+
+    def behind(self, length: int) -> "KeyValuePrefix":
+        """Return the prefix with `length` zeros in front, which a mask has to hide."""
+        pad = torch.nn.functional.pad
+        return KeyValuePrefix(pad(self.key, (0, 0, length, 0)), pad(self.value, (0, 0, length, 0)))
+
     def in_front_of(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return `[prefix ; key]` and `[prefix ; value]`.
 
@@ -50,10 +59,15 @@ class KeyValuePrefix:
         """
         prefix = self.to(key)
         batch = key.shape[0]
-        return (
-            torch.cat([prefix.key.expand(batch, -1, -1, -1), key], dim=-2),
-            torch.cat([prefix.value.expand(batch, -1, -1, -1), value], dim=-2),
-        )
+        keys = torch.cat([prefix.key.expand(batch, -1, -1, -1), key], dim=-2)
+        if prefix.keys_are_values:
+            return keys, keys
+        return keys, torch.cat([prefix.value.expand(batch, -1, -1, -1), value], dim=-2)
+
+    @property
+    def keys_are_values(self) -> bool:
+        """Whether one tensor serves as keys and as values, so that there are no values of their own."""
+        return self.value.shape[-1] == 0
 
     @staticmethod
     def concatenate(prefixes: "list[KeyValuePrefix]") -> "KeyValuePrefix":

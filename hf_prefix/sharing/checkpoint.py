@@ -37,10 +37,13 @@ def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
         )
     for name, tensor in weights.items():
         _check_numbers(name, tensor)
-    return {
-        name.removeprefix(SAVED_PREFIX): KeyValuePrefix(weights[name + SAVED_KEY], weights[name + SAVED_VALUE])
-        for name in names
-    }
+    return {name.removeprefix(SAVED_PREFIX): _key_values(weights, name) for name in names}
+
+
+def _key_values(weights: Mapping[str, Tensor], name: str) -> KeyValuePrefix:
+    """Return what is saved for an attention module; without values, its keys serve as such."""
+    key = weights[name + SAVED_KEY]
+    return KeyValuePrefix(key, weights.get(name + SAVED_VALUE, key[..., :0]))
 
 
 def check_fits(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,54 @@
+"""Attention that also sees windows of tokens as one key each (DeepSeek V4): their positions behind the prefix.
+
+The module that compresses a window places it by counting windows from the start of the sequence, so that moving the
+model's positions would part the windows from their tokens. It is told the positions without the prefix, which also
+decide what a query may see, and wherever it rotates, the prefix is counted.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from hf_prefix.attention.sites import POSITIONS_ARGUMENT, compressing_module, named_arguments
+
+ROTARY_NAME = "rotary_emb"
+
+
+class CompressedPositions:
+    """Hooks that move the positions of compressed windows by as much as those of the tokens.
+
+    Args:
+        offset: Gives the number of positions by which the prefix moves real tokens.
+    """
+
+    def __init__(self, offset: Callable[[], int]) -> None:
+        self._offset = offset
+
+    def hook(self, attention: nn.Module) -> Iterator[Any]:
+        """Register the hooks and yield their handles; none where attention compresses nothing.
+
+        Args:
+            attention: The attention module.
+        """
+        compressing = compressing_module(attention)
+        if compressing is None:
+            return
+        yield compressing.register_forward_pre_hook(self.before_compression, with_kwargs=True)
+        for name, module in compressing.named_modules():
+            if name.rpartition(".")[2] == ROTARY_NAME:
+                yield module.register_forward_pre_hook(self.before_rotation, with_kwargs=True)
+
+    def before_compression(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Count positions without the prefix."""
+        return self._moved(module, args, kwargs, -self._offset())
+
+    def before_rotation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Count positions with the prefix."""
+        return self._moved(module, args, kwargs, self._offset())
+
+    def _moved(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], offset: int) -> Any:
+        if offset == 0:
+            return None
+        arguments = named_arguments(module, args, kwargs)
+        return (), arguments | {POSITIONS_ARGUMENT: arguments[POSITIONS_ARGUMENT] + offset}

@@ -1,0 +1,78 @@
+"""What PEFT asks of a module that carries a part of a prefix, and what such modules tell each other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from hf_prefix.errors import UnsupportedCallError
+
+Arguments = dict[str, Any]
+HookResult = tuple[tuple[Any, ...], Arguments] | None
+
+CHILD_NAME = "hf_prefix"
+"""Name of our child in a module of the base model; its own keys stay as they are."""
+
+
+@dataclass(eq=False)
+class StackCall:
+    """What the attention modules of a stack are told of its present call.
+
+    Args:
+        positions: Positions of the tokens, prefix included [batch or 1, query], where a prefix scrolls.
+        boundary: Row and place of a boundary between packed sequences, until an attention module has looked at it.
+    """
+
+    positions: Tensor | None = None
+    boundary: tuple[int, int] | None = None
+
+
+class PrefixTunerLayer(nn.Module, BaseTunerLayer):
+    """What PEFT asks of a tuner layer, for modules that hang beside the base model's instead of wrapping them."""
+
+    # PEFT's mixin declares these without types.
+    active_adapters: list[str]
+    disable_adapters: bool
+    _disable_adapters: bool
+    set_adapter: Callable[[list[str]], None]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hooks: list[Any] = []
+
+    @property
+    def weight(self) -> Tensor:
+        """Raise: there is no wrapped layer whose weight this could be."""
+        raise AttributeError("A prefix wraps no layer, so it has no weight.")
+
+    @property
+    def bias(self) -> Tensor:
+        """Raise: there is no wrapped layer whose bias this could be."""
+        raise AttributeError("A prefix wraps no layer, so it has no bias.")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raise: keys and values in front of the sequence are no change of any weight."""
+        raise UnsupportedCallError(
+            "A prefix cannot be merged into the weights. Keep it beside the model; unload() gives the base model "
+            "back, and fold_prefix() drops the projection."
+        )
+
+    def unmerge(self) -> None:
+        """Raise: nothing is ever merged."""
+        self.merge()
+
+    def active_names(self, among: nn.ModuleDict | dict[str, Any]) -> list[str]:
+        """Return the active adapters that this module has, in the order in which they were activated."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in among]
+
+    def add_hook(self, handle: Any) -> None:
+        """Keep a hook's handle, so that `detach` can remove the hook."""
+        self._hooks.append(handle)
+
+    def detach(self) -> None:
+        """Remove every hook of this module from the base model."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()

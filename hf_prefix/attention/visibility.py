@@ -1,0 +1,108 @@
+"""Which keys of `[prefix ; tokens]` a query of one attention module sees."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_prefix.attention.masks import (
+    Extent,
+    causal_mask,
+    check_backend,
+    check_source_mask,
+    is_flash,
+    mask_behind_prefix,
+    prepend_hidden,
+    prepend_visible,
+    scroll_out,
+)
+from hf_prefix.attention.packing import check_kept_apart, check_packing_of_flash
+from hf_prefix.attention.relative_bias import alibi_behind_prefix
+from hf_prefix.attention.sites import (
+    CAUSAL_MASK,
+    POSITIONS_ARGUMENT,
+    AttentionSite,
+    forward_parameters,
+    selected_block_size,
+    selecting_module,
+    sliding_window,
+)
+from hf_prefix.attention.tuner_layer import Arguments, StackCall
+from hf_prefix.errors import UnsupportedCallError
+
+
+class Visibility:
+    """Makes the mask of an attention module from the one that its model passes.
+
+    Args:
+        site: The attention module.
+        call: What its stack tells of the present call.
+        scrolls: Tells whether the active prefixes leave a sliding window as a prompt would.
+    """
+
+    def __init__(self, site: AttentionSite, call: StackCall, scrolls: Callable[[], bool]) -> None:
+        self._call, self._scrolls = call, scrolls
+        self._stack_name = type(site.stack).__name__
+        self._argument, self._cross_attention = site.mask_argument, site.role == "cross"
+        self._hides_with_true, self._slopes = site.hides_with_true, site.mask_slopes
+        self.block_size = selected_block_size(selecting_module(site.module))
+
+    def mask(self, module: nn.Module, arguments: Arguments, prefix_length: int, extent: Extent) -> Any:
+        """Return the mask of `[prefix ; keys]`.
+
+        Args:
+            module: The attention module, or one that reads its keys.
+            arguments: The arguments of a call by name.
+            prefix_length: Number of virtual tokens.
+            extent: The tokens of the call.
+
+        Returns:
+            A mask of the form that the module is given, or None where leaving it out means the same.
+
+        Raises:
+            UnsupportedCallError: The prefix cannot be seen as it should be.
+        """
+        mask = arguments.get(self._argument)
+        if isinstance(mask, dict):
+            # One for attention and others for what works beside it (Zaya).
+            own = arguments | {self._argument: mask.get(CAUSAL_MASK)}
+            return mask | {CAUSAL_MASK: self.mask(module, own, prefix_length, extent)}
+        mask = self._behind_prefix(module, mask, arguments, prefix_length, extent)
+        if self.block_size is None:
+            return mask
+        if mask is None:
+            mask = causal_mask(prefix_length, extent, arguments[forward_parameters(module)[0]].device)
+        return prepend_hidden(mask, -prefix_length % self.block_size)
+
+    def _behind_prefix(
+        self, module: nn.Module, mask: Any, arguments: Arguments, prefix_length: int, extent: Extent
+    ) -> Any:
+        if self._hides_with_true and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            return ~prepend_visible(~mask, prefix_length)
+        if self._slopes is not None:
+            return alibi_behind_prefix(self._slopes, cast(Tensor, mask), prefix_length)
+        if self._cross_attention:
+            check_source_mask(module, mask, extent)
+            return None if mask is None else prepend_visible(mask, prefix_length)
+        check_packing_of_flash(module, arguments, mask)
+        check_kept_apart(self._call, self._stack_name, mask)
+        return self._with_window(module, mask, arguments, prefix_length, extent)
+
+    def _with_window(
+        self, module: nn.Module, mask: Any, arguments: Arguments, prefix_length: int, extent: Extent
+    ) -> Any:
+        window = sliding_window(module)
+        scrolls = window is not None and self._scrolls()
+        check_backend(module, scrolls)
+        mask = mask_behind_prefix(mask, module, prefix_length, extent)
+        if window is None or not scrolls or is_flash(module):
+            return mask
+        positions = arguments.get(POSITIONS_ARGUMENT)
+        positions = self._call.positions if positions is None else positions
+        if positions is None:
+            raise UnsupportedCallError(
+                f"{type(module).__name__} is not told the positions of its tokens, so the prefix cannot scroll out "
+                "of its sliding window; use sliding_window='pin'."
+            )
+        return scroll_out(mask, positions, prefix_length, window, extent)
