@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import Family, build, tokens
+from families import Family, tokens
 from matrix import (
     BY_NAME,
     LENGTH,
@@ -22,11 +22,11 @@ from matrix import (
     greedy_logits,
     new_cache,
     only_words,
-    pad,
     rows_of_words,
     source_batch,
     stepwise_logits,
 )
+from upstream import skip_before
 
 CACHES: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}, {"use_cache": False}]
 
@@ -75,6 +75,8 @@ def test_generate_on_a_cache_of_the_user(family: Family, backend: str, kind: str
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_cache_can_be_reset_and_used_again(family: Family, backend: str, kind: str) -> None:
+    if kind == "dynamic":
+        skip_before("5.18", "keeps the tokens of a dynamic cache that is reset, as zeros")
     model = attach(family, backend)
     cache = new_cache(kind, model, family, capacity=LENGTH + NEW_TOKENS, source=LENGTH)
     greedy(model, only_words(2, LENGTH), past_key_values=cache)
@@ -137,27 +139,6 @@ def test_a_source_about_as_long_as_the_prefix(
     model = attach(seq2seq_family, backend)
     batch = only_words(2, length)
     assert_same(greedy_logits(model, batch, **options), answer(model, seq2seq_family, batch)[1])
-
-
-def repetitive_row() -> Batch:
-    return pad([tokens(1, 7)[0].repeat(4)], "left")
-
-
-@pytest.mark.parametrize("helper", ["prompt lookup", "assistant"])
-def test_speculative_decoding_gives_the_greedy_words(family: Family, backend: str, helper: str) -> None:
-    model = attach(family, backend)
-    batch = repetitive_row()
-    options: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
-    if helper == "assistant":
-        options = {"assistant_model": build(family, backend)}
-    assert torch.equal(greedy(model, batch, new_tokens=12, **options), answer(model, family, batch, 12)[0])
-
-
-def test_a_prefixed_assistant_is_accepted(causal_family: Family, backend: str) -> None:
-    # The assistant's own prefix counts: it is the same model, so that all its proposals are right.
-    model, batch = attach(causal_family, backend), repetitive_row()
-    words = greedy(model, batch, new_tokens=12, assistant_model=attach(causal_family, backend))
-    assert torch.equal(words, answer(model, causal_family, batch, 12)[0])
 
 
 # --- Other ways to say the same ------------------------------------------------------------------------------
