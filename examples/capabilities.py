@@ -157,7 +157,10 @@ def gradient_checkpointing(method: Method) -> bool:
     wanted = gradients(method.attach(llama()), **inputs)
     model = method.attach(llama())
     model.enable_input_require_grads()
-    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    base = model.get_base_model()
+    # transformers 5.23 renamed it.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     found = gradients(model, **inputs)
     return all(close(found[name], wanted[name]) for name in wanted)
 

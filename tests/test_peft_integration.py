@@ -10,6 +10,7 @@ import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+import zoo
 from adapters import (
     BART,
     GPT2,
@@ -26,6 +27,7 @@ from adapters import (
 )
 from families import Family, build
 from hf_prefix import PrefixError, UnsupportedCallError, UnsupportedModelError
+from hf_prefix.attention.positions import positions_module
 
 
 def test_attaching_keeps_names_and_values_of_the_base_model(family: Family, projection: bool) -> None:
@@ -461,27 +463,19 @@ def test_refused_model_keeps_its_outputs(family: Family) -> None:
     assert torch.equal(logits(base), logits(build(family)))
 
 
-def m2m100() -> transformers.PreTrainedModel:
-    """Return an encoder-decoder model whose positions start at its padding index."""
-    config = transformers.M2M100Config(
-        vocab_size=97,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    return transformers.M2M100ForConditionalGeneration(config).eval()
-
-
 def test_model_that_cannot_move_its_positions_is_refused_whole() -> None:
-    base = m2m100()
+    entry = next(entry for entry in zoo.entries() if entry.model_type == "blt")
+    base = zoo.build(entry)
     names, modules, hooks = list(base.state_dict()), len(list(base.modules())), hook_count(base)
-    with pytest.raises(UnsupportedModelError, match=r"M2M100Decoder.*offset_positions=False"):
-        get_peft_model(base, prefix_config(BART, offset_positions=True))
+    with pytest.raises(
+        UnsupportedModelError, match=r"BltForCausalLM has several decoders.*leave offset_positions out"
+    ):
+        get_peft_model(base, prefix_config(LLAMA, offset_positions=True))
     assert (list(base.state_dict()), len(list(base.modules())), hook_count(base)) == (names, modules, hooks)
-    assert torch.equal(logits(base), logits(m2m100()))
+    assert torch.equal(logits(base), logits(zoo.build(entry)))
+
+
+def test_a_stack_without_positions_of_its_own_says_so() -> None:
+    stack = build(T5).get_encoder()
+    with pytest.raises(UnsupportedModelError, match=r"T5Stack takes no position_ids.*offset_positions=False"):
+        positions_module(stack)

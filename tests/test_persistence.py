@@ -297,6 +297,14 @@ def test_fold_keeps_a_loaded_prefix_frozen(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_fold_in_training_drops_nothing_out() -> None:
+    model = attach(LLAMA, projection=True, prefix_dropout=0.5)
+    before = logits(model)
+    fold_prefix(model.train())
+    assert all(layer.training for layer in model.modules())
+    assert torch.allclose(logits(model.eval()), before, atol=1e-6)
+
+
 def test_fold_leaves_a_direct_prefix_as_it_is() -> None:
     model = attach(LLAMA)
     before = logits(model)

@@ -20,6 +20,7 @@ from matrix import (
     only_words,
     source_batch,
 )
+from upstream import skip_before
 
 
 def test_switching_between_generate_calls(family: Family, backend: str) -> None:
@@ -76,6 +77,8 @@ def test_switching_on_one_cache_changes_only_the_prefix(family: Family, backend:
 @torch.no_grad()
 def test_a_cache_forgets_the_prefix_of_the_step_before(seq2seq_family: Family, backend: str) -> None:
     # Cross-attention keeps `[prefix ; source]` on the cache from step to step.
+    if seq2seq_family.name == "t5":
+        skip_before("5.22", "fails to crop a decoder's cache that is sized by a deeper encoder")
     model = attach(seq2seq_family, backend)
     model.add_adapter("other", PrefixConfig(task_type=seq2seq_family.task_type, num_virtual_tokens=PREFIX_LENGTH))
     encoded = model.get_base_model().get_encoder()(input_ids=only_words(2, 11).words)

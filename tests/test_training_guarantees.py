@@ -21,6 +21,7 @@ from matrix import (
     rows_of_words,
     trainable,
 )
+from upstream import checkpoint_activations
 
 TOLERANCE = 1e-6
 """Largest difference of loss and gradients with and without checkpointing."""
@@ -68,7 +69,7 @@ def test_checkpointing_does_not_matter(
     model = in_training(attach(family, backend, prefix_projection=projection))
     loss, gradients = loss_and_gradients(model, family)
     base = model.get_base_model()
-    base.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(base, {"use_reentrant": use_reentrant})
     if inputs_require_grads:
         base.enable_input_require_grads()
     calls = count_layer_runs(base)
@@ -100,7 +101,7 @@ def test_checkpointing_with_prefix_dropout_trains(family: Family, projection: bo
     losses, slopes = [], []
     for checkpointed in (False, True):
         if checkpointed:
-            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model.get_base_model(), {"use_reentrant": False})
         torch.manual_seed(0)
         loss, gradients = loss_and_gradients(model, family)
         losses.append(loss)
@@ -117,7 +118,7 @@ def test_checkpointing_with_prefix_dropout_trains(family: Family, projection: bo
 
 def test_the_trunk_is_evaluated_once_per_role_and_forward(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     model = in_training(attach(family, prefix_projection=True))
-    calls = count_calls(monkeypatch, PrefixTrunk, "evaluate")
+    calls = count_calls(monkeypatch, PrefixTrunk, "forward")
     for forwards in (1, 2):
         loss_and_gradients(model, family)
         assert len(calls) == forwards * len(family.shape)
@@ -125,7 +126,7 @@ def test_the_trunk_is_evaluated_once_per_role_and_forward(family: Family, monkey
 
 def test_the_trunk_is_evaluated_once_per_role_and_generate(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     model = attach(family, prefix_projection=True)
-    calls = count_calls(monkeypatch, PrefixTrunk, "evaluate")
+    calls = count_calls(monkeypatch, PrefixTrunk, "forward")
     greedy(model, pad(rows_of_words([9]), "left"))
     assert len(calls) == len(family.shape)
 
@@ -151,7 +152,7 @@ def test_what_is_kept_between_calls_follows_the_parameters(family: Family, proje
 def test_training_changes_the_prefix_and_nothing_else(family: Family, projection: bool, checkpointing: bool) -> None:
     model = in_training(attach(family, "sdpa", prefix_projection=projection))
     if checkpointing:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model.get_base_model(), {"use_reentrant": False})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     hooks = hook_counts(model)
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.01)
@@ -219,7 +220,7 @@ def test_a_bfloat16_model_keeps_its_prefix_in_float32(family: Family, backend: s
 def test_a_bfloat16_model_trains_its_prefix_in_float32(family: Family, projection: bool, checkpointing: bool) -> None:
     model = in_training(attach(family, "sdpa", prefix_projection=projection, dtype=torch.bfloat16))
     if checkpointing:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": True})
+        checkpoint_activations(model.get_base_model(), {"use_reentrant": True})
     _, gradients = loss_and_gradients(model, family)
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32, name
@@ -232,7 +233,7 @@ def test_a_step_under_autocast(family: Family, backend: str, projection: bool, c
     model = in_training(attach(family, backend, prefix_projection=projection))
     exact, exact_gradients = loss_and_gradients(model, family)
     if checkpointing:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model.get_base_model(), {"use_reentrant": False})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, gradients = loss_and_gradients(model, family)
     torch.testing.assert_close(loss.float(), exact, atol=0.1, rtol=0.05)

@@ -1,0 +1,55 @@
+"""Where the releases of transformers that we allow differ, with or without a prefix."""
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import PreTrainedModel
+
+RELEASE = Version(transformers.__version__)
+
+
+def skip_before(release: str, reason: str) -> None:
+    """Skip a test on older releases of transformers, on which the base model itself fails it.
+
+    Args:
+        release: The first release without the fault.
+        reason: What the older ones do.
+    """
+    if Version(release) > RELEASE:
+        pytest.skip(f"transformers {transformers.__version__} {reason}; {release} does not")
+
+
+def skip_speculation(family: str, assistant: bool) -> None:
+    """Skip a test of assisted or prompt-lookup decoding on releases on which the base model itself fails it.
+
+    Args:
+        family: Name of the model's family in `families`.
+        assistant: Whether another model proposes the words.
+    """
+    if family in ("gemma3", "mistral") and assistant:
+        skip_before("5.18", "fails to crop the mask of an assistant's sliding window")
+    if family == "t5":
+        skip_before("5.22", "fails to crop a decoder's cache that is sized by a deeper encoder")
+
+
+@torch.no_grad()
+def aligned(model: PreTrainedModel) -> PreTrainedModel:
+    """Move every parameter to memory of its own, and return the model.
+
+    transformers 5.17 leaves what it loads where the file is mapped, at odd addresses, at which torch adds up in
+    another order: the parameters are bit-equal, the logits are not.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+PAGE_SIZE = "page_size" if Version("5.18") <= RELEASE else "block_size"
+"""Argument of ContinuousBatchingConfig, which transformers 5.18 renamed."""
+
+
+def checkpoint_activations(model: PreTrainedModel, options: dict[str, bool]) -> None:
+    """Switch gradient checkpointing on, by the name that the method has; transformers 5.23 renamed it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
