@@ -217,8 +217,9 @@ def _select(sites: list[AttentionSite], config: PrefixConfig, model: PreTrainedM
         )
     if config.roles is None and model.config.is_encoder_decoder and "encoder" not in present:
         warnings.warn(
-            f"The encoder of {type(model).__name__} attends within windows or blocks of its own making and can carry "
-            f"no prefix; it acts in {present} attention only. Set roles={present} to say that this is meant.",
+            f"The encoder of {type(model).__name__} carries no prefix, because it attends within windows or blocks of "
+            f"its own making, or to what is no text; the prefix acts in {present} attention only. Set roles={present} "
+            "to say that this is meant.",
             stacklevel=2,
         )
     return [site for site in sites if site.role in roles]

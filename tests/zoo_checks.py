@@ -28,6 +28,7 @@ from hf_prefix.attention.visibility import Visibility
 from hf_prefix.errors import PrefixError, UnsupportedCallError, UnsupportedModelError
 from zoo import FIRST_WORD, PAD, START, WINDOW, Entry, build, words
 from zoo_inputs import NEEDS_MORE_THAN_TEXT, text_inputs
+from zoo_inputs import inputs as real_inputs
 
 PREFIX_LENGTH = 5
 LENGTH = 24
@@ -368,6 +369,31 @@ def check_hidden(subject: Subject) -> None:
     assert same(found, wanted), f"differs by {difference(found, wanted):.1e}"
 
 
+def unmoved(subject: Subject) -> PeftModel:
+    """Return the model with a prefix that leaves real tokens at their positions."""
+    try:
+        return attach(build(subject.entry), prefix_init="random", offset_positions=False)
+    except UnsupportedModelError:
+        # Positions are relative here and move for no prefix.
+        return attach(build(subject.entry), prefix_init="random")
+
+
+@torch.no_grad()
+def check_modality(subject: Subject) -> None:
+    """With an image, audio or encoder states as well, the prefix acts, and hidden or off nothing is left of it."""
+    arguments = real_inputs(subject.entry.name, subject.base, 2, LENGTH)
+    if arguments.keys() == text_inputs(subject.entry.name, subject.base, 2, LENGTH).keys():
+        raise NotApplicable("")
+    base = subject.base.requires_grad_(False)(**arguments).logits
+    found = subject.model(**arguments).logits
+    assert found.shape == base.shape and difference(found, base) > 10 * TOLERANCE, "no effect"
+    with subject.model.disable_adapter():
+        assert torch.equal(subject.model(**arguments).logits, base), "differs when switched off"
+    with hidden_prefix():
+        hidden = unmoved(subject)(**arguments).logits
+    assert same(hidden, base), f"hidden, it differs by {difference(hidden, base):.1e}"
+
+
 @contextmanager
 def hidden_prefix() -> Iterator[None]:
     """Hide the prefix in every mask that an attention module is given."""
@@ -505,6 +531,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "off": check_off,
     "gradients": check_gradients,
     "hidden": check_hidden,
+    "modality": check_modality,
     "prompt": check_prompt,
     "scroll": check_scroll,
     "cache": check_cache,

@@ -223,7 +223,7 @@ def _gemma3(request: Request) -> Extra:
 def _got_ocr2(request: Request) -> Extra:
     vision = request.config.vision_config
     # The projector's two convolutions halve each side of the grid of patches.
-    states = (vision.image_size // vision.patch_size // 4) ** 2
+    states = (-(-vision.image_size // vision.patch_size // 4)) ** 2
     return Extra({"pixel_values": _image(request, vision.image_size)}, states, _token(request.config, "image"))
 
 

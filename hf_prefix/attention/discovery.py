@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_prefix.attention.cache import CacheView, replace_cache
 from hf_prefix.attention.exceptions import check_model, more_inputs, segments_only
 from hf_prefix.attention.inner import InnerAttention, inner_attention
-from hf_prefix.attention.placement import packed_by_inference, run
+from hf_prefix.attention.placement import CPU, device_of, packed_by_inference, run
 from hf_prefix.attention.replacement import Replacement
 from hf_prefix.attention.sites import (
     CACHE_ARGUMENTS,
@@ -34,6 +35,7 @@ from hf_prefix.attention.sites import (
     mask_argument,
     named_arguments,
     shared_states,
+    text_config,
     tokens_per_place,
 )
 from hf_prefix.config import Role
@@ -167,14 +169,23 @@ def record_states(
             stack.enter_context(_removing(recorder.watch(module)))
         more = more_inputs(model, token_ids.shape[1])
         text_model = model if more else _text_model(model)
-        inputs: dict[str, Any] = {"input_ids": token_ids.expand(tokens_per_place(model), -1)} | more
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = token_ids
+        inputs = _text_inputs(model, token_ids) | more
         if "use_cache" in forward_parameters(text_model):
             # With a cache, since some modules work only on the real thing.
             inputs["use_cache"] = True
         run(text_model, inputs)
     return recorder.calls
+
+
+def _text_inputs(model: PreTrainedModel, token_ids: Tensor) -> dict[str, Any]:
+    """Return the arguments that run text through a model, and through its decoder alone if the source is no text."""
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": token_ids.expand(tokens_per_place(model), -1)}
+    if "input_ids" in forward_parameters(model):
+        return {"input_ids": token_ids, "decoder_input_ids": token_ids}
+    size = int(text_config(model.get_encoder()).hidden_size)
+    states = torch.zeros(1, token_ids.shape[1], size, dtype=model.dtype, device=device_of(model) or CPU)
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "decoder_input_ids": token_ids}
 
 
 def _text_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -237,7 +248,7 @@ def _cache_takers(model: PreTrainedModel) -> set[str]:
         name
         for name, module in model.named_modules()
         if module in text_modules
-        and not _is_stack(module)
+        and not isinstance(module, PreTrainedModel)
         and not segments_only(model, name)
         and (first_present(CACHE_ARGUMENTS, forward_parameters(module)) is not None or inner_attention(module))
     }
