@@ -386,7 +386,8 @@ def check_modality(subject: Subject) -> None:
         raise NotApplicable("")
     base = subject.base.requires_grad_(False)(**arguments).logits
     found = subject.model(**arguments).logits
-    assert found.shape == base.shape and difference(found, base) > 10 * TOLERANCE, "no effect"
+    assert found.shape == base.shape, f"shape {list(found.shape)}"
+    assert difference(found, base) > 10 * TOLERANCE, "no effect"
     with subject.model.disable_adapter():
         assert torch.equal(subject.model(**arguments).logits, base), "differs when switched off"
     with hidden_prefix():

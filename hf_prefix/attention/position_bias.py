@@ -97,6 +97,7 @@ class ComputedBias:
 
     def __init__(self, prefix_length: Callable[[], int]) -> None:
         self._prefix_length = prefix_length
+        self._owner: _OwnBias | None = None
         self._mask: Tensor | BlockMask | None = None
         self._extent: Extent | None = None
 
@@ -112,16 +113,17 @@ class ComputedBias:
 
     def begin(self, mask: Tensor | BlockMask | None, extent: Extent) -> None:
         """Note what a call of the module is about: the mask of its real keys, and its tokens."""
-        self._mask, self._extent = mask, extent
+        if self._owner is not None:
+            self._mask, self._extent = mask, extent
 
     def compute_bias(
         self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int | Tensor = 0
     ) -> Tensor:
         """Return the bias [1 or batch, heads, query, key], the prefix among the keys."""
-        prefix_length = self._prefix_length()
+        prefix_length, owner = self._prefix_length(), cast(_OwnBias, self._owner)
         if prefix_length == 0 or self._extent is None:
-            return self._owner.compute_bias(query_length, key_length, device=device, past_seen_tokens=past_seen_tokens)
-        return cast(Tensor, bias_behind_prefix(self._owner, None, self._mask, prefix_length, self._extent))
+            return owner.compute_bias(query_length, key_length, device=device, past_seen_tokens=past_seen_tokens)
+        return cast(Tensor, bias_behind_prefix(owner, None, self._mask, prefix_length, self._extent))
 
 
 class _OwnBias:
@@ -148,7 +150,7 @@ class KeyDistances:
     """
 
     def __init__(self, prefix_length: Callable[[], int]) -> None:
-        self._prefix_length = prefix_length
+        self._prefix_length, self._is_asked = prefix_length, False
         self._mask: Tensor | BlockMask | None = None
 
     def hook(self, attention: nn.Module) -> Iterator[Any]:
@@ -159,11 +161,13 @@ class KeyDistances:
         """
         for module in attention.children():
             if KEY_POSITIONS_ARGUMENT in forward_parameters(module):
+                self._is_asked = True
                 yield module.register_forward_hook(self.after_bias, with_kwargs=True)
 
     def begin(self, mask: Tensor | BlockMask | None) -> None:
         """Note the mask of the real keys in a call of the attention module."""
-        self._mask = mask
+        if self._is_asked:
+            self._mask = mask
 
     def after_bias(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], bias: Tensor) -> Tensor:
         """Put the bias of the prefix, which stands before each row's first real token, in front."""
