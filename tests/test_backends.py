@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
@@ -219,8 +220,10 @@ def test_flex_takes_a_mask_of_scores_and_a_block_mask_of_the_user(uncompiled: No
     switch(model, "flex_attention")
     assert_same(model(input_ids=words, attention_mask=scores).logits, wanted)
 
+    table = seen[:, 0]
+
     def look_up(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return seen[batch, 0, query, key]
+        return table[batch, query, key]
 
     blocks = create_block_mask(look_up, 2, None, 12, 12, device="cpu")
     assert_same(model(input_ids=words, attention_mask=blocks).logits, wanted)
@@ -314,7 +317,8 @@ def test_the_compiled_kernel_follows_the_moved_blocks() -> None:
 
 
 def test_flex_cannot_train_on_a_cpu(uncompiled: None) -> None:
-    # torch says so itself; with a GPU, test_flex_trains_on_a_gpu takes over.
+    if Version(torch.__version__) < Version("2.13"):
+        pytest.skip("torch 2.8 has a backward pass there, torch 2.13 says itself that it has none")
     model = attach(BY_NAME["llama"], "flex_attention")
     with pytest.raises(NotImplementedError, match="FlexAttention does not support backward on CPU"):
         model(input_ids=tokens(1, 5))

@@ -3,6 +3,7 @@
 import pytest
 import transformers
 
+from upstream import skip_entry
 from zoo import Entry
 from zoo_checks import examine
 from zoo_table import PAGE, all_entries, row
@@ -11,6 +12,7 @@ from zoo_table import PAGE, all_entries, row
 @pytest.mark.parametrize("entry", all_entries(), ids=lambda entry: entry.name)
 @pytest.mark.filterwarnings("default")
 def test_a_prefix_does_all_that_it_must(entry: Entry) -> None:
+    skip_entry(entry.name)
     result = examine(entry)
     failures = {name: outcome.reason for name, outcome in result.outcomes.items() if outcome.mark == "NO"}
     assert not failures

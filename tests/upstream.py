@@ -20,6 +20,25 @@ def skip_before(release: str, reason: str) -> None:
         pytest.skip(f"transformers {transformers.__version__} {reason}; {release} does not")
 
 
+_NOT_BUILT = "has another configuration, of which the zoo builds no tiny model"
+_ZOO = {
+    **dict.fromkeys(
+        ("causal-gemma3n", "causal-gemma3n_text", "causal-musicgen", "causal-musicgen_melody"), _NOT_BUILT
+    ),
+    "seq2seq-encoder-decoder": _NOT_BUILT,
+    "seq2seq-fsmt": "counts positions without those in the cache",
+    "seq2seq-t5gemma": "offers SDPA, which leaves out the cap of its scores",
+    "seq2seq-vibevoice_asr": "adds noise that cannot be switched off",
+}
+"""What older releases do to models of the zoo, with or without a prefix; looked at in 5.17."""
+
+
+def skip_entry(name: str) -> None:
+    """Skip an entry of the zoo on releases on which its base model is at fault."""
+    if name in _ZOO:
+        skip_before("5.23", _ZOO[name])
+
+
 def skip_speculation(family: str, assistant: bool) -> None:
     """Skip a test of assisted or prompt-lookup decoding on releases on which the base model itself fails it.
 

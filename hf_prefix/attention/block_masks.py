@@ -6,6 +6,7 @@ need a query x key matrix that FlexAttention exists to avoid.
 """
 
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -127,6 +128,8 @@ def _full_blocks(mask: BlockMask) -> Tensor:
 def _from_blocks(mask: BlockMask, visible: Tensor, full: Tensor, mask_mod: MaskFunction, length: int) -> BlockMask:
     partial_count, partial_indices = _listed(visible & ~full)
     full_count, full_indices = _listed(full)
+    # Releases of torch that do not know the option always have the lists by key.
+    options: dict[str, Any] = {} if mask.q_indices is not None else {"compute_q_blocks": False}
     return BlockMask.from_kv_blocks(
         partial_count,
         partial_indices,
@@ -135,7 +138,7 @@ def _from_blocks(mask: BlockMask, visible: Tensor, full: Tensor, mask_mod: MaskF
         BLOCK_SIZE=mask.BLOCK_SIZE,
         mask_mod=mask_mod,
         seq_lengths=(mask.seq_lengths[0], length),
-        compute_q_blocks=mask.q_indices is not None,
+        **options,
     )
 
 

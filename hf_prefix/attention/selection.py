@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from hf_prefix.attention.masks import prepend_visible
 from hf_prefix.attention.sites import (
     MASK_ARGUMENTS,
     POSITIONS_ARGUMENT,
@@ -98,19 +98,23 @@ def hide_prefix(arguments: dict[str, Any], prefix_length: int) -> None:
         arguments[name] = arguments[name][..., prefix_length:]
 
 
-def add_prefix(selected: Any, prefix_length: int) -> Tensor:
+def add_prefix(selected: Any, prefix_length: int) -> Any:
     """Return a selection among real tokens as one among `[prefix ; tokens]` that has the whole prefix.
 
     Args:
-        selected: Places of the selected keys [batch, query, selected], or a boolean mask of them
+        selected: Places of the selected keys [batch, query, selected], or a boolean or additive mask of them
             [batch, heads or 1, query, key].
         prefix_length: Number of virtual tokens P.
 
     Raises:
         UnsupportedModelError: The selection has another form.
     """
-    if isinstance(selected, Tensor) and selected.dtype == torch.bool and selected.dim() == 4:
-        return functional.pad(selected, (prefix_length, 0), value=True)
+    if (
+        isinstance(selected, Tensor)
+        and selected.dim() == 4
+        and (selected.dtype == torch.bool or selected.is_floating_point())
+    ):
+        return prepend_visible(selected, prefix_length)
     if isinstance(selected, Tensor) and not selected.is_floating_point() and selected.dim() == 3:
         prefix = torch.arange(prefix_length, device=selected.device, dtype=selected.dtype)
         return torch.cat([prefix.expand(*selected.shape[:2], -1), selected + prefix_length], dim=-1)
