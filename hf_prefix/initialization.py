@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -163,20 +164,28 @@ def _cached_states(cache: Cache, site: AttentionSite) -> KeyValuePrefix:
         )
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.cross_attention_cache if site.role == "cross" else cache.self_attention_cache
-    layers = cache.layers
     index = place_in_cache(site.module, {})
     if index is None:
         raise PrefixError(f"{site.name} keeps no keys in a cache that a prefix could start from; start it from text.")
-    layer = layers[index] if index < len(layers) else None
+    places = [int(place or 0) for place in site.places] if len(site.places) > 1 else [index]
+    states = [_states_at(cache, place, site) for place in places]
+    key, value = torch.cat([keys for keys, _ in states]), torch.cat([values for _, values in states])
+    return KeyValuePrefix(key, value[..., :0] if site.value_size == 0 else value)
+
+
+def _states_at(cache: Cache, place: int, site: AttentionSite) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of real tokens at a place of a cache [kv_heads, length, size]."""
+    layers = cache.layers
+    layer = layers[place] if place < len(layers) else None
     if layer is None or layer.keys is None:
         raise PrefixError(
-            f"The cache holds nothing for {site.name}, layer {index} of the model; it has "
+            f"The cache holds nothing for {site.name}, layer {place} of the model; it has "
             f"{len(layers)} layers. Fill it with the base model first."
         )
     if layer.keys.shape[0] != 1:
         raise PrefixError(f"A prefix starts from a cache of one row, got one of {layer.keys.shape[0]} rows.")
     first, length = tokens_in_front(site.stack), int(layer.get_seq_length())
-    return KeyValuePrefix(layer.keys[0, :, first:length], layer.values[0, :, first:length])
+    return layer.keys[0, :, first:length], layer.values[0, :, first:length]
 
 
 def checked_start(states: Start, sites: list[AttentionSite], length: int | None) -> Start:

@@ -11,6 +11,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerFast, StaticCache
 
+import zoo
+import zoo_checks
 from adapters import BART, BY_NAME, GPT2, LLAMA, T5, attach, deeper_llama, edited_weights, logits, prefix_config
 from families import VOCABULARY, Family, build, tokens
 from hf_prefix import PrefixConfig, PrefixError, PrefixMismatchError, initialize_from_cache
@@ -376,3 +378,15 @@ def test_refused_cache_leaves_the_prefix_as_it_was() -> None:
 def test_cache_for_an_unknown_prefix_is_refused() -> None:
     with pytest.raises(PrefixError, match="no prefix named 'missing'"):
         initialize_from_cache(attach(LLAMA), filled_cache(build(LLAMA), 3), "missing")
+
+
+@pytest.mark.parametrize("model_type", ["hrm_text", "deepseek_v32", "gemma4_text"])
+def test_a_cache_of_several_places_or_latents_is_that_prompt(model_type: str) -> None:
+    entry = next(entry for entry in zoo.entries() if entry.model_type == model_type)
+    base, prompt, words = zoo.build(entry), zoo.words(1, 5, seed=9), zoo.words(2, 9)
+    model = zoo_checks.attach(zoo.build(entry), prefix_init="random")
+    with torch.no_grad():
+        initialize_from_cache(model, base(input_ids=prompt, use_cache=True).past_key_values)
+        wanted = base(input_ids=torch.cat([prompt.expand(2, -1), words], dim=1), use_cache=False).logits[:, 5:]
+        found = model(input_ids=words, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)

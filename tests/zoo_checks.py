@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prefix import PrefixConfig
+from hf_prefix import PrefixConfig, fold_prefix
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.attention.masks import Extent
 from hf_prefix.attention.sites import ENCODER_STATES_ARGUMENTS, forward_parameters, selecting_module, sliding_window
@@ -174,9 +174,24 @@ def gradients(subject: Subject, model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def check_gradients(subject: Subject) -> None:
-    """Every number of the prefix learns, nothing else does."""
-    found = gradients(subject, subject.model)
-    trainable = {name for name, parameter in subject.model.named_parameters() if parameter.requires_grad}
+    """Every tensor of the prefix learns, nothing else does."""
+    _check_all_learn(subject, subject.model)
+
+
+def check_projection(subject: Subject) -> None:
+    """So does every tensor of the paper's MLP, and without it the logits stay the same."""
+    model = attach(build(subject.entry), prefix_projection=True, encoder_hidden_size=8)
+    _check_all_learn(subject, model)
+    with torch.no_grad():
+        wanted = subject.logits(model, subject.inputs)
+        fold_prefix(model)
+        found = subject.logits(model, subject.inputs)
+    assert same(found, wanted), f"differs by {difference(found, wanted):.1e}"
+
+
+def _check_all_learn(subject: Subject, model: PeftModel) -> None:
+    found = gradients(subject, model)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     dead = [name for name in trainable if name not in found or not bool((found[name] != 0).any())]
     assert not dead, f"no gradient: {sorted(dead)[:2]}, {len(dead)} of {len(trainable)}"
     assert all("hf_prefix" in name for name in trainable), "the base model is trained"
@@ -531,6 +546,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "forward": check_forward,
     "off": check_off,
     "gradients": check_gradients,
+    "projection": check_projection,
     "hidden": check_hidden,
     "modality": check_modality,
     "prompt": check_prompt,

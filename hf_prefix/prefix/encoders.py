@@ -228,8 +228,8 @@ class ProjectedPrefix(PrefixEncoder):
         shape = self.shape
         keys, values = torch.split(rows, [shape.heads * shape.key_size, shape.heads * shape.value_size], dim=1)
         return KeyValuePrefix(
-            keys.reshape(-1, shape.heads, shape.key_size).transpose(0, 1),
-            values.reshape(-1, shape.heads, shape.value_size).transpose(0, 1),
+            keys.reshape(len(rows), shape.heads, shape.key_size).transpose(0, 1),
+            values.reshape(len(rows), shape.heads, shape.value_size).transpose(0, 1),
         )
 
 
