@@ -15,7 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from hf_prefix import initialize_from_cache
 from hf_prefix.errors import PrefixError, UnsupportedCallError, UnsupportedModelError
 from zoo import FIRST_WORD, VOCABULARY, Entry, build
-from zoo_checks import PREFIX_LENGTH, attach, same
+from zoo_checks import PREFIX_LENGTH, attach, hidden_prefix, same
 
 OPENAI_GPT = Entry("openai-gpt", "OpenAIGPTLMHeadModel", is_seq2seq=False)
 XLNET = Entry("xlnet", "XLNetLMHeadModel", is_seq2seq=False, variant="causal")
@@ -23,6 +23,7 @@ XLM = Entry("xlm", "XLMWithLMHeadModel", is_seq2seq=False)
 MPT = Entry("mpt", "MptForCausalLM", is_seq2seq=False)
 CPM_ANT = Entry("cpmant", "CpmAntForCausalLM", is_seq2seq=False)
 PROPHETNET = Entry("prophetnet", "ProphetNetForCausalLM", is_seq2seq=False, variant="one-head")
+DEEPSEEK_V4 = Entry("deepseek_v4", "DeepseekV4ForCausalLM", is_seq2seq=False)
 REFORMER = Entry("reformer", "ReformerModelWithLMHead", is_seq2seq=False)
 INNER = pytest.mark.parametrize("entry", [OPENAI_GPT, XLNET], ids=lambda entry: entry.name)
 
@@ -249,3 +250,15 @@ def test_a_reformer_token_sees_few_chunks() -> None:
     chunk = int(layer.chunk_length)
     assert not torch.equal(found[0][:, :chunk], found[1][:, :chunk])
     assert torch.equal(found[0][:, 2 * chunk :], found[1][:, 2 * chunk :])
+
+
+@torch.no_grad()
+def test_compressed_windows_move_with_their_tokens() -> None:
+    tokens = words(2, 24)
+    model = attach(build(DEEPSEEK_V4), prefix_init="random")
+    with hidden_prefix():
+        moved = model(input_ids=tokens, use_cache=False).logits
+        cached = model(input_ids=tokens, use_cache=True).logits
+    wanted = build(DEEPSEEK_V4)(input_ids=tokens, use_cache=False).logits
+    assert same(moved, wanted)
+    assert same(cached, wanted)
