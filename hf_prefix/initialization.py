@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from hf_prefix.attention.discovery import RecordedCall, record_states
 from hf_prefix.attention.exceptions import tokens_in_front
 from hf_prefix.attention.placement import check_has_weights
+from hf_prefix.attention.recording import RecordedCall, record_states
 from hf_prefix.attention.sites import AttentionSite, place_in_cache
 from hf_prefix.config import PrefixConfig, PrefixInit
 from hf_prefix.errors import PrefixError, PrefixMismatchError
