@@ -117,7 +117,7 @@ class PrefixModel(BaseTuner):
             stack.update_layer(adapter_name, trunk, offset, scroll)
         trunk = stack.trunk(adapter_name) if peft_config.prefix_projection else None
         encoder = _new_encoder(peft_config, site, trunk)
-        layer.update_layer(adapter_name, encoder, scroll, offset)
+        layer.update_layer(adapter_name, encoder, scroll)
         if self._start is not None and not any(parameter.is_meta for parameter in encoder.sources()):
             encoder.initialize(self._start[site.name].key, self._start[site.name].value)
 

@@ -252,10 +252,11 @@ def test_a_reformer_token_sees_few_chunks() -> None:
     assert torch.equal(found[0][:, 2 * chunk :], found[1][:, 2 * chunk :])
 
 
+@pytest.mark.parametrize("layers", [None, [0]])
 @torch.no_grad()
-def test_compressed_windows_move_with_their_tokens() -> None:
+def test_compressed_windows_move_with_their_tokens(layers: list[int] | None) -> None:
     tokens = words(2, 24)
-    model = attach(build(DEEPSEEK_V4), prefix_init="random")
+    model = attach(build(DEEPSEEK_V4), prefix_init="random", layers_to_transform=layers)
     with hidden_prefix():
         moved = model(input_ids=tokens, use_cache=False).logits
         cached = model(input_ids=tokens, use_cache=True).logits

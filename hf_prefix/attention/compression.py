@@ -1,8 +1,9 @@
-"""Attention that also sees windows of tokens as one key each (DeepSeek V4): their positions behind the prefix.
+"""Attention that counts windows or blocks of tokens from the start (DeepSeek V4, MiniMax M3), behind a prefix.
 
 The module that compresses a window places it by counting windows from the start of the sequence, so that moving the
 model's positions would part the windows from their tokens. It is told the positions without the prefix, which also
-decide what a query may see, and wherever it rotates, the prefix is counted.
+decide what a query may see, and wherever it rotates, the prefix is counted. A module that selects blocks of keys is
+told the same. That holds in every layer of the stack, with a prefix or without, since the positions move in all.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from hf_prefix.attention.sites import POSITIONS_ARGUMENT, compressing_module, named_arguments
+from hf_prefix.attention.sites import (
+    POSITIONS_ARGUMENT,
+    compressing_module,
+    named_arguments,
+    selected_block_size,
+    selecting_module,
+)
 
 ROTARY_NAME = "rotary_emb"
 
@@ -31,6 +38,9 @@ class CompressedPositions:
         Args:
             attention: The attention module.
         """
+        selecting = selecting_module(attention)
+        if selecting is not None and selected_block_size(selecting) is not None:
+            yield selecting.register_forward_pre_hook(self.before_compression, with_kwargs=True)
         compressing = compressing_module(attention)
         if compressing is None:
             return

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_prefix.attention.cache import CacheView, PrefixedCache, replace_cache
-from hf_prefix.attention.compression import CompressedPositions
 from hf_prefix.attention.exceptions import PREDICT_MASK_ARGUMENT, merge_padding, new_tokens, widen_buckets
 from hf_prefix.attention.inner import InnerAttention, inner_attention
 from hf_prefix.attention.key_order import OrderedView, key_order, reordered
@@ -46,13 +45,12 @@ class PrefixLayer(PrefixTunerLayer):
     """
 
     adapter_layer_names = ("hf_prefix_encoder",)
-    other_param_names = ("hf_prefix_scrolls", "hf_prefix_offset")
+    other_param_names = ("hf_prefix_scrolls",)
 
     def __init__(self, site: AttentionSite, call: StackCall) -> None:
         super().__init__()
         self.hf_prefix_encoder = nn.ModuleDict()
         self.hf_prefix_scrolls: dict[str, bool] = {}
-        self.hf_prefix_offset: dict[str, int] = {}
         names = forward_parameters(site.module)
         self._cross_attention = site.role == "cross"
         self._cache_argument = str(first_present(CACHE_ARGUMENTS, names))
@@ -74,23 +72,20 @@ class PrefixLayer(PrefixTunerLayer):
             self.add_hook(site.module.register_forward_pre_hook(self.before_attention, with_kwargs=True))
         else:
             self.add_hook(Replacement(site.module, self._inner.method, self.attend_inside))
-        selection, compression = KeySelection(self._length, self._offset), CompressedPositions(self._offset)
-        for part in (self._bias, self._shared_keys, selection, compression, WindowBuffer(self._length)):
+        for part in (self._bias, self._shared_keys, KeySelection(self._length), WindowBuffer(self._length)):
             for handle in part.hook(site.module):
                 self.add_hook(handle)
 
-    def update_layer(self, adapter_name: str, encoder: PrefixEncoder, scroll: bool, offset: int) -> None:
+    def update_layer(self, adapter_name: str, encoder: PrefixEncoder, scroll: bool) -> None:
         """Add a prefix.
 
         Args:
             adapter_name: Its name.
             encoder: Its parameters.
             scroll: Whether it leaves a sliding window as a prompt would.
-            offset: By how much it moves the positions of real tokens.
         """
         self.hf_prefix_encoder[adapter_name] = encoder
         self.hf_prefix_scrolls[adapter_name] = scroll
-        self.hf_prefix_offset[adapter_name] = offset
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -109,12 +104,9 @@ class PrefixLayer(PrefixTunerLayer):
         """Number of virtual tokens that are active here."""
         return self._length()
 
-    # Methods, not properties, for the helpers that ask at each call: a bound method follows a copy of the model.
+    # A method for the helpers that ask at each call: a bound method follows a copy of the model.
     def _length(self) -> int:
         return sum(encoder.num_virtual_tokens for encoder in self._active_encoders())
-
-    def _offset(self) -> int:
-        return sum(self.hf_prefix_offset[name] for name in self.active_names(self.hf_prefix_offset))
 
     def prefix_like(self, like: Tensor) -> KeyValuePrefix:
         """Return the active prefixes, one after the other, in the dtype and on the device of `like`.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from hf_prefix.attention.masks import prepend_visible
 from hf_prefix.attention.sites import (
     MASK_ARGUMENTS,
-    POSITIONS_ARGUMENT,
     PREVIOUS_SELECTION_ARGUMENT,
     first_present,
     forward_parameters,
@@ -30,11 +29,10 @@ class KeySelection:
 
     Args:
         prefix_length: Gives the number of virtual tokens that are active in the module.
-        offset: Gives the number of positions by which they move real tokens.
     """
 
-    def __init__(self, prefix_length: Callable[[], int], offset: Callable[[], int]) -> None:
-        self._prefix_length, self._offset = prefix_length, offset
+    def __init__(self, prefix_length: Callable[[], int]) -> None:
+        self._prefix_length = prefix_length
 
     def hook(self, attention: nn.Module) -> Iterator[Any]:
         """Register the hooks and yield their handles; none where attention sees all keys.
@@ -51,14 +49,12 @@ class KeySelection:
             yield attention.register_forward_hook(self.after_attention)
 
     def before_selection(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Show the selecting module the real tokens only: their mask, and where they stand without the prefix."""
+        """Show the selecting module the mask of the real tokens only."""
         length = self._prefix_length()
         if length == 0:
             return None
         arguments = named_arguments(module, args, kwargs)
         hide_prefix(arguments, length)
-        if arguments.get(POSITIONS_ARGUMENT) is not None:
-            arguments[POSITIONS_ARGUMENT] = arguments[POSITIONS_ARGUMENT] - self._offset()
         return (), arguments
 
     def after_selection(self, module: nn.Module, args: tuple[Any, ...], selected: Any) -> Any:

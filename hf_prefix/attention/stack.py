@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from hf_prefix.attention.compression import CompressedPositions
 from hf_prefix.attention.packing import check_packing
 from hf_prefix.attention.placement import device_of
 from hf_prefix.attention.positions import (
@@ -67,6 +68,9 @@ class PrefixStack(PrefixTunerLayer):
                 self.add_hook(module.register_forward_pre_hook(self.before_positions, with_kwargs=True))
             if counts_columns(self._root[0], self._stack[0]):
                 self.add_hook(self._root[0].register_forward_pre_hook(self.before_model, with_kwargs=True))
+            for attention in self._stack[0].modules():
+                for handle in CompressedPositions(self._offset).hook(attention):
+                    self.add_hook(handle)
             self._shifts_positions = True
         self.hf_prefix_offset[adapter_name] = offset
         self._keeps_positions |= scroll
