@@ -1,13 +1,16 @@
 """Every file in examples/ runs, and this file knows each of them."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from tiny_model import save_with_tokenizer, tiny_llama
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 README = EXAMPLES.parent / "README.md"
-TESTED_HERE = {"capabilities.py"}
+TESTED_HERE = {"capabilities.py", "compare_with_peft.py"}
 TESTED_ELSEWHERE = {"build_demo_data.py": "tests/test_demo.py"}
 
 
@@ -28,3 +31,24 @@ def test_every_capability_that_the_readme_claims() -> None:
     readme = README.read_text(encoding="utf-8").splitlines()
     claimed = [line.strip("| ").split(" | ")[0] for line in readme if line.endswith("| yes |")]
     assert [title for title, _, ours in rows if ours == "yes"] == claimed
+
+
+def test_the_comparison_with_peft_keeps_what_is_done_and_renders_it(tmp_path: Path) -> None:
+    model = save_with_tokenizer(tiny_llama(), tmp_path / "model")
+    results = tmp_path / "results.jsonl"
+    methods = ["hf_prefix, from text", "PEFT prefix, from text"]
+    options = ["--tiny", str(model), "--output", str(results), "--method", methods[0], "--method", methods[1]]
+    table = run("compare_with_peft.py", *options).splitlines()[-6:]
+    lines = results.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    # Four learning rates to choose from, then seeds 0, 1 and 2 with few examples and one with more.
+    assert [row["method"] for row in rows] == [method for method in methods for _ in range(8)]
+    assert {row["parameters"] for row in rows} == {2 * 2 * 10 * 2 * 8}
+    # One start, one gradient: both libraries train the same prefix.
+    assert abs(rows[0]["loss"]["dev"] - rows[8]["loss"]["dev"]) < 2e-4
+    # A run that was cut off is done again, and no other.
+    results.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    assert run("compare_with_peft.py", *options).splitlines()[-6:] == table
+    again = results.read_text(encoding="utf-8").splitlines()
+    assert again[:-1] == lines[:-1]
+    assert json.loads(again[-1])["loss"] == rows[-1]["loss"]
