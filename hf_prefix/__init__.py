@@ -6,6 +6,7 @@ Importing the package registers the method with PEFT and changes nothing else.
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import (
     DataError,
+    DivergenceError,
     PrefixError,
     PrefixMismatchError,
     PrefixNotLoadedError,
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DataError",
+    "DivergenceError",
     "PrefixConfig",
     "PrefixError",
     "PrefixMismatchError",

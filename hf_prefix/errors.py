@@ -27,3 +27,7 @@ class DataError(PrefixError):
 
 class TrainingError(PrefixError):
     """Training cannot go on, for example because the loss is no longer finite."""
+
+
+class DivergenceError(TrainingError):
+    """The loss or a gradient is no longer finite; the message names step, loss and likely cause."""

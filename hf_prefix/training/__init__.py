@@ -1,6 +1,7 @@
 """Training and decoding with a prefix: pairs to token ids, batches, a thin Trainer, batched generation."""
 
 from hf_prefix.training.collator import PairCollator
+from hf_prefix.training.divergence import FiniteGradients
 from hf_prefix.training.encoding import (
     DEFAULT_PROMPT_TEMPLATE,
     IGNORE_INDEX,
@@ -17,6 +18,7 @@ __all__ = [
     "IGNORE_INDEX",
     "DecodingSettings",
     "EncodedPair",
+    "FiniteGradients",
     "PairCollator",
     "PairEncoder",
     "PrefixTrainer",

@@ -3,12 +3,11 @@
 import inspect
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_prefix.errors import TrainingError
+from hf_prefix.training.divergence import FiniteGradients
 from hf_prefix.training.encoding import IGNORE_INDEX
 
 
@@ -18,13 +17,16 @@ class PrefixTrainer(Trainer):
     1. In training, a decoder-only model computes logits only for the rightmost columns, which hold labels.
        With a short target after a long source and a large vocabulary, most of the output layer's work and
        memory is for positions that the loss ignores. The loss is the model's own and has the same value.
-    2. A loss that is not finite raises `TrainingError` before it reaches the parameters.
+    2. A loss or gradient that is not finite raises `DivergenceError` before it reaches the parameters, and so does
+       a dev loss during training; see `FiniteGradients`.
 
     Arguments, methods and checkpoints are those of `Trainer`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._finite = FiniteGradients()
+        self.add_callback(self._finite)
         self._can_keep_logits = _accepts_logits_to_keep(self.model)
 
     def compute_loss(
@@ -43,23 +45,15 @@ class PrefixTrainer(Trainer):
             num_items_in_batch: Labels in the whole accumulated batch, for normalisation.
 
         Raises:
-            TrainingError: The model is training and the loss is not finite.
+            DivergenceError: The model is training and the loss is not finite.
         """
         if self._can_keep_logits and not return_outputs and "labels" in inputs:
             inputs = _keep_labelled_logits(inputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
-        if model.training and not bool(torch.isfinite(loss).all()):
-            raise TrainingError(self._describe_divergence(loss))
+        if model.training:
+            self._finite.check_loss(self, loss, inputs)
         return result
-
-    def _describe_divergence(self, loss: Tensor) -> str:
-        return (
-            f"The loss is {loss.detach().float().mean().item()} at step {self.state.global_step + 1} "
-            f"(learning rate {self._get_learning_rate():.3g}). Likely causes: the learning rate is too high "
-            "(try a tenth), float16 overflowed (use bfloat16 or float32), or a batch holds no target token. "
-            "The prefix was not changed by this step."
-        )
 
 
 def _accepts_logits_to_keep(model: nn.Module) -> bool:
