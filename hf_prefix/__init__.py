@@ -15,7 +15,7 @@ from hf_prefix.errors import (
     UnsupportedModelError,
 )
 from hf_prefix.model import PrefixModel
-from hf_prefix.operations import fold_prefix, initialize_from_cache
+from hf_prefix.operations import fold_prefix, initialize_from_cache, initialize_from_text
 from hf_prefix.registration import register_with_peft
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ __all__ = [
     "UnsupportedModelError",
     "fold_prefix",
     "initialize_from_cache",
+    "initialize_from_text",
 ]
 
 register_with_peft()

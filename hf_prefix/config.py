@@ -13,6 +13,7 @@ Role = Literal["encoder", "decoder", "cross"]
 or the decoder's cross-attention."""
 
 PrefixInit = Literal["real_tokens", "text", "token_ids", "prefix", "zero", "random"]
+ProjectionInit = Literal["least_squares", "mse"]
 SlidingWindow = Literal["pin", "scroll"]
 
 DEFAULT_HIDDEN_SIZE = 512
@@ -26,6 +27,8 @@ class PrefixConfig(PeftConfig):
     Args:
         num_virtual_tokens: Length P of the prefix: key/value vectors that every attention layer gets. May be None
             with `prefix_init="text"` or `"token_ids"`, which then decide it.
+        num_frozen_tokens: How many of the first virtual tokens stay as they start, fewer than all. A first token
+            that much attention rests on (an attention sink, https://arxiv.org/abs/2309.17453) is not worn away then.
         roles: Which attention gets a prefix: any of "encoder", "decoder", "cross". None means all that the model
             has, as in the paper.
         prefix_projection: Learn the prefix through the paper's MLP (§4.3), P[i] = MLP(P'[i]), instead of
@@ -41,6 +44,10 @@ class PrefixConfig(PeftConfig):
         prefix_init_token_ids: The token ids for `prefix_init="token_ids"`.
         prefix_init_path: Folder or Hub id of the prefix for `prefix_init="prefix"`.
         prefix_init_seed: Seed of "real_tokens" and "random".
+        projection_init: How the projection is brought to where the prefix starts. "least_squares": the output layer is
+            solved for it, which is exact while the learned tokens are at most as many as `encoder_hidden_size`;
+            "mse": 500 steps of Adam on the mean squared error, as in the original code, which comes near it. Only with
+            `prefix_projection`, and a start other than "random".
         tokenizer_name_or_path: Tokenizer for `prefix_init_text`; the base model's own when None.
         sliding_window: What layers with a sliding window do. "pin": every position sees the whole prefix (the
             paper's definition). "scroll": the prefix leaves the window as a real prompt would.
@@ -64,6 +71,7 @@ class PrefixConfig(PeftConfig):
     """
 
     num_virtual_tokens: int | None = field(default=None)
+    num_frozen_tokens: int = field(default=0)
     roles: list[Role] | None = field(default=None)
     prefix_projection: bool = field(default=False)
     encoder_hidden_size: int | None = field(default=None)
@@ -73,6 +81,7 @@ class PrefixConfig(PeftConfig):
     prefix_init_token_ids: list[int] | None = field(default=None)
     prefix_init_path: str | None = field(default=None)
     prefix_init_seed: int = field(default=0)
+    projection_init: ProjectionInit = field(default="least_squares")
     tokenizer_name_or_path: str | None = field(default=None)
     sliding_window: SlidingWindow = field(default="pin")
     offset_positions: bool | None = field(default=None)
@@ -89,6 +98,7 @@ class PrefixConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PrefixPeftType.HF_PREFIX
         self._check_length()
+        self.check_frozen_tokens()
         self._check_choices()
         self._check_projection()
         self._check_initialization()
@@ -116,6 +126,21 @@ class PrefixConfig(PeftConfig):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.initialized = initialized
+
+    def check_frozen_tokens(self) -> None:
+        """Check that frozen tokens leave some to be learned, once the length is known.
+
+        Raises:
+            PrefixError: They do not.
+        """
+        frozen, length = self.num_frozen_tokens, self.num_virtual_tokens
+        if isinstance(frozen, bool) or not isinstance(frozen, int) or frozen < 0:
+            raise PrefixError(f"num_frozen_tokens must be a whole number of at least 0, got {frozen!r}.")
+        if length is not None and frozen >= length:
+            raise PrefixError(
+                f"num_frozen_tokens={frozen} leaves nothing to learn of num_virtual_tokens={length}; freeze fewer "
+                "tokens or make the prefix longer."
+            )
 
     def _check_length(self) -> None:
         length = self.num_virtual_tokens
@@ -146,6 +171,7 @@ class PrefixConfig(PeftConfig):
             raise PrefixError(f"prefix_dropout must be at least 0 and less than 1, got {self.prefix_dropout!r}.")
 
     def _check_projection(self) -> None:
+        self._check_projection_init()
         size = self.encoder_hidden_size
         if size is None:
             return
@@ -156,6 +182,22 @@ class PrefixConfig(PeftConfig):
             )
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise PrefixError(f"encoder_hidden_size must be a whole number of at least 1, got {size!r}.")
+
+    def _check_projection_init(self) -> None:
+        if self.projection_init not in get_args(ProjectionInit):
+            raise PrefixError(
+                f"projection_init must be one of {list(get_args(ProjectionInit))}, got {self.projection_init!r}."
+            )
+        if self.projection_init == "mse" and not self.prefix_projection:
+            raise PrefixError(
+                "projection_init='mse' has no effect without the projection; set prefix_projection=True or leave it "
+                "out."
+            )
+        if self.projection_init == "mse" and self.prefix_init == "random":
+            raise PrefixError(
+                "projection_init='mse' has no effect with prefix_init='random', which leaves the projection at its "
+                "own random start; choose another prefix_init or leave it out."
+            )
 
     def _check_initialization(self) -> None:
         if self.tokenizer_name_or_path is not None and self.prefix_init != "text":

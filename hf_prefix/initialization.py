@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from hf_prefix.attention.exceptions import tokens_in_front
@@ -68,10 +68,12 @@ class Starter:
     def _real_tokens(self) -> Start:
         generator = torch.Generator().manual_seed(self.config.prefix_init_seed)
         vocabulary = self.model.config.get_text_config().vocab_size
-        return self._activations(torch.randint(vocabulary, (self._length,), generator=generator).tolist())
+        token_ids = torch.randint(vocabulary, (self._length,), generator=generator).tolist()
+        start = _activations(self.model, self.sites, token_ids)
+        return {name: _stretched(prefix, self._length) for name, prefix in start.items()}
 
     def _token_ids(self) -> Start:
-        return self._activations(self._fill(list(self.config.prefix_init_token_ids or [])))
+        return token_start(self.model, self.sites, self._fill(list(self.config.prefix_init_token_ids or [])))
 
     def _text(self) -> Start:
         name = self.config.tokenizer_name_or_path or self.model.config.name_or_path
@@ -80,11 +82,8 @@ class Starter:
                 "prefix_init='text' needs a tokenizer, and the model does not name its own; set "
                 "tokenizer_name_or_path, or give the tokens with prefix_init='token_ids'."
             )
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        # Without special tokens, as the original code does it; token_ids can hold any.
-        return self._activations(
-            self._fill(tokenizer(self.config.prefix_init_text, add_special_tokens=False)["input_ids"])
-        )
+        token_ids = text_tokens(str(self.config.prefix_init_text), AutoTokenizer.from_pretrained(name))
+        return token_start(self.model, self.sites, self._fill(token_ids))
 
     def _prefix(self) -> Start:
         states = read_key_values(str(self.config.prefix_init_path))
@@ -103,6 +102,7 @@ class Starter:
             raise PrefixError("The text to start the prefix from has no tokens; give a text with some.")
         if wanted is None:
             self.config.num_virtual_tokens = wanted = len(token_ids)
+            self.config.check_frozen_tokens()
         if len(token_ids) > wanted:
             raise PrefixError(
                 f"The prefix shall start from {len(token_ids)} tokens but has num_virtual_tokens={wanted}; leave "
@@ -110,31 +110,62 @@ class Starter:
             )
         return (token_ids * wanted)[:wanted]
 
-    def _activations(self, token_ids: list[int]) -> Start:
-        vocabulary = self.model.config.get_text_config().vocab_size
-        unknown = [token_id for token_id in token_ids if not 0 <= token_id < vocabulary]
-        if unknown:
-            raise PrefixError(
-                f"Token id {unknown[0]} is outside the model's vocabulary of {vocabulary}; use the model's own "
-                "tokenizer."
-            )
-        check_has_weights(self.model)
-        tokens = torch.tensor([token_ids], device="cpu")
-        recorded = record_states(self.model, tokens, [site.module for site in self.sites])
-        states = {site.name: _behind_own_tokens(recorded[site.module], site) for site in self.sites}
-        return {name: self._one_per_token(prefix, len(token_ids)) for name, prefix in states.items()}
 
-    def _one_per_token(self, prefix: KeyValuePrefix, length: int) -> KeyValuePrefix:
-        """Return states of the prefix's length; attention over patches of tokens has fewer (BLT)."""
-        if prefix.length == length:
-            return prefix
-        if self.config.prefix_init != "real_tokens":
+def text_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a text that a prefix starts from.
+
+    No special tokens are added, as in the original code; the text may hold any.
+
+    Args:
+        text: The text.
+        tokenizer: The base model's tokenizer.
+    """
+    token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return token_ids
+
+
+def token_start(model: PreTrainedModel, sites: list[AttentionSite], token_ids: list[int]) -> Start:
+    """Return the activations of tokens as keys and values per attention module.
+
+    Args:
+        model: The base model, with every prefix switched off.
+        sites: The attention modules that get the prefix.
+        token_ids: The tokens.
+
+    Raises:
+        PrefixError: The model does not know a token, has no weights, or attends to patches of tokens.
+    """
+    start, length = _activations(model, sites, token_ids), len(token_ids)
+    for prefix in start.values():
+        if prefix.length != length:
             raise PrefixError(
-                f"{length} tokens are {prefix.length} patches in the attention of {type(self.model).__name__}, so a "
+                f"{length} tokens are {prefix.length} patches in the attention of {type(model).__name__}, so a "
                 "prefix cannot start from given tokens; use prefix_init='real_tokens'."
             )
-        places = torch.arange(length, device=prefix.key.device) % prefix.length
-        return KeyValuePrefix(prefix.key[:, places], prefix.value[:, places])
+    return start
+
+
+def _activations(
+    model: PreTrainedModel, sites: list[AttentionSite], token_ids: list[int]
+) -> dict[str, KeyValuePrefix]:
+    vocabulary = model.config.get_text_config().vocab_size
+    unknown = [token_id for token_id in token_ids if not 0 <= token_id < vocabulary]
+    if unknown:
+        raise PrefixError(
+            f"Token id {unknown[0]} is outside the model's vocabulary of {vocabulary}; use the model's own tokenizer."
+        )
+    check_has_weights(model)
+    tokens = torch.tensor([token_ids], device="cpu")
+    recorded = record_states(model, tokens, [site.module for site in sites])
+    return {site.name: _behind_own_tokens(recorded[site.module], site) for site in sites}
+
+
+def _stretched(prefix: KeyValuePrefix, length: int) -> KeyValuePrefix:
+    """Return states of the prefix's length, repeated where attention over patches of tokens has fewer (BLT)."""
+    if prefix.length == length:
+        return prefix
+    places = torch.arange(length, device=prefix.key.device) % prefix.length
+    return KeyValuePrefix(prefix.key[:, places], prefix.value[:, places])
 
 
 def _behind_own_tokens(call: RecordedCall, site: AttentionSite) -> KeyValuePrefix:

@@ -24,6 +24,7 @@ from hf_prefix.errors import PrefixError, PrefixMismatchError, UnsupportedCallEr
 from hf_prefix.initialization import Start, Starter
 from hf_prefix.peft_type import PARAMETER_PREFIX
 from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, PrefixShape, PrefixTrunk, ProjectedPrefix
+from hf_prefix.prefix.fitting import initialize_encoders
 from hf_prefix.sharing.checkpoint import check_fits
 
 
@@ -65,6 +66,8 @@ class PrefixModel(BaseTuner):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.prefix_init_seed)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self._start is not None:
+            self._initialize(adapter_name, self._start)
         # The parameters hold a copy; the activations that they started from are not needed any more.
         self._start = None
 
@@ -116,10 +119,15 @@ class PrefixModel(BaseTuner):
             trunk = _new_trunk(peft_config, site) if peft_config.prefix_projection else None
             stack.update_layer(adapter_name, trunk, offset, scroll)
         trunk = stack.trunk(adapter_name) if peft_config.prefix_projection else None
-        encoder = _new_encoder(peft_config, site, trunk)
-        layer.update_layer(adapter_name, encoder, scroll)
-        if self._start is not None and not any(parameter.is_meta for parameter in encoder.sources()):
-            encoder.initialize(self._start[site.name].key, self._start[site.name].value)
+        layer.update_layer(adapter_name, _new_encoder(peft_config, site, trunk), scroll)
+
+    def _initialize(self, adapter_name: str, start: Start) -> None:
+        """Let a prefix start, once all attention modules have their part of it."""
+        layers = {name: cast(PrefixLayer, getattr(self._sites[name].module, CHILD_NAME)) for name in start}
+        starts = {layers[name].encoder(adapter_name): prefix for name, prefix in start.items()}
+        # Parameters on the meta device wait for a file (low_cpu_mem_usage).
+        if not any(tensor.is_meta for encoder in starts for tensor in encoder.sources()):
+            initialize_encoders(starts, self.peft_config[adapter_name].projection_init)
 
     def _stack(self, site: AttentionSite) -> PrefixStack:
         """Return what the modules of the site's role share, created when first needed."""
@@ -261,11 +269,12 @@ def _check_modules(config: PrefixConfig, targets: list[AttentionSite]) -> None:
 
 
 def _new_trunk(config: PrefixConfig, site: AttentionSite) -> PrefixTrunk:
-    return PrefixTrunk(_length(config), site.model_size, config.hidden_size, config.initialized)
+    learned = _length(config) - config.num_frozen_tokens
+    return PrefixTrunk(learned, site.model_size, config.hidden_size, config.initialized)
 
 
 def _new_encoder(config: PrefixConfig, site: AttentionSite, trunk: PrefixTrunk | None) -> PrefixEncoder:
-    shape = PrefixShape(site.heads, _length(config), site.key_size, site.value_size)
+    shape = PrefixShape(site.heads, _length(config), site.key_size, site.value_size, config.num_frozen_tokens)
     if trunk is None:
         return DirectPrefix(shape, config.prefix_dropout, config.initialized)
     return ProjectedPrefix(shape, config.prefix_dropout, trunk, config.initialized)

@@ -1,10 +1,11 @@
-"""Operations on a prefix that is attached to a model: drop its projection, start it from a cache."""
+"""Operations on a prefix that is attached to a model: drop its projection, start it from a text or a cache."""
 
 from typing import cast
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from hf_prefix.attention.discovery import find_sites
@@ -14,9 +15,10 @@ from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.attention.tuner_layer import CHILD_NAME
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError
-from hf_prefix.initialization import cache_start, checked_start
+from hf_prefix.initialization import Start, cache_start, checked_start, text_tokens, token_start
 from hf_prefix.model import prefix_layers, prefixes_off
 from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder
+from hf_prefix.prefix.fitting import initialize_encoders
 
 
 def fold_prefix(model: nn.Module, adapter_name: str = "default") -> None:
@@ -38,7 +40,39 @@ def fold_prefix(model: nn.Module, adapter_name: str = "default") -> None:
         if isinstance(layer, PrefixStack) and adapter_name in layer.hf_prefix_trunk:
             del layer.hf_prefix_trunk[adapter_name]
     config = _config(model, adapter_name)
-    config.prefix_projection, config.encoder_hidden_size = False, None
+    config.prefix_projection, config.encoder_hidden_size, config.projection_init = False, None, "least_squares"
+
+
+def initialize_from_text(
+    model: nn.Module, text: str, tokenizer: PreTrainedTokenizerBase, adapter_name: str = "default"
+) -> None:
+    """Set an attached prefix to the activations of a text, in place.
+
+    A prefix of a decoder-only model is exactly the text as a prompt then. No special tokens are added; the text may
+    hold any. `PrefixConfig(prefix_init="text")` does the same when the prefix is attached.
+
+    Args:
+        model: The model, wrapped by PEFT or not.
+        text: A text of `num_virtual_tokens` tokens.
+        tokenizer: The base model's tokenizer.
+        adapter_name: Name of the prefix.
+
+    Raises:
+        PrefixError: The model has no such prefix, the text has more or fewer tokens than it, or tokens that the model
+            does not know.
+    """
+    sites, config = _sites_with(model, adapter_name), _config(model, adapter_name)
+    token_ids = text_tokens(text, tokenizer)
+    if len(token_ids) != config.num_virtual_tokens:
+        raise PrefixError(
+            f"The text has {len(token_ids)} tokens and the prefix {adapter_name!r} num_virtual_tokens="
+            f"{config.num_virtual_tokens}; lengthen or shorten the text to as many tokens, or attach a prefix with "
+            f"num_virtual_tokens={max(len(token_ids), 1)}."
+        )
+    base = _base_model(model)
+    with prefixes_off(base):
+        start = token_start(base, sites, token_ids)
+    _initialize(sites, start, config, adapter_name)
 
 
 def initialize_from_cache(model: nn.Module, cache: Cache, adapter_name: str = "default") -> None:
@@ -53,14 +87,29 @@ def initialize_from_cache(model: nn.Module, cache: Cache, adapter_name: str = "d
         PrefixError: The model has no such prefix, or the cache does not hold what it needs.
         PrefixMismatchError: The cache has other shapes or another length.
     """
-    layers = _layers_with(model, adapter_name)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    sites, config = _sites_with(model, adapter_name), _config(model, adapter_name)
+    start = checked_start(cache_start(cache, sites), sites, config.num_virtual_tokens)
+    _initialize(sites, start, config, adapter_name)
+
+
+def _initialize(sites: list[AttentionSite], start: Start, config: PrefixConfig, adapter_name: str) -> None:
+    starts = {_layer_of(site).encoder(adapter_name): start[site.name] for site in sites}
+    initialize_encoders(starts, config.projection_init)
+
+
+def _base_model(model: nn.Module) -> PreTrainedModel:
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def _sites_with(model: nn.Module, adapter_name: str) -> list[AttentionSite]:
+    """Return the attention modules that have the prefix.
+
+    Raises:
+        PrefixError: There is none.
+    """
+    layers, base = _layers_with(model, adapter_name), _base_model(model)
     with prefixes_off(base):
-        sites = {site: _layer_of(site) for site in find_sites(base) if _layer_of(site) in layers}
-    length = _config(model, adapter_name).num_virtual_tokens
-    start = checked_start(cache_start(cache, list(sites)), list(sites), length)
-    for site, layer in sites.items():
-        layer.encoder(adapter_name).initialize(start[site.name].key, start[site.name].value)
+        return [site for site in find_sites(base) if _layer_of(site) in layers]
 
 
 def _config(model: nn.Module, adapter_name: str) -> PrefixConfig:
@@ -94,6 +143,6 @@ def _folded(encoder: PrefixEncoder) -> PrefixEncoder:
     with torch.no_grad():
         # Without dropout, and not by its parameters, which may be offloaded until it is called.
         prefix = encoder.eval()()
-    direct.to(prefix.key.device).requires_grad_(encoder.sources()[0].requires_grad)
+    direct.to(prefix.key.device).requires_grad_(encoder.learned()[0].requires_grad)
     direct.initialize(prefix.key, prefix.value)
     return direct

@@ -151,7 +151,7 @@ def test_projection_as_wide_as_the_prefix_is_long_is_exact() -> None:
 
 
 def test_projection_narrower_than_the_prefix_is_long_warns() -> None:
-    with pytest.warns(UserWarning, match=r"num_virtual_tokens=9 exceeds encoder_hidden_size=8.*only near"):
+    with pytest.warns(UserWarning, match=r"9 learned virtual tokens exceed encoder_hidden_size=8.*only near"):
         attach(LLAMA, True, num_virtual_tokens=9, prefix_init="real_tokens")
 
 

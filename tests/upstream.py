@@ -56,8 +56,8 @@ def skip_speculation(family: str, assistant: bool) -> None:
 def aligned(model: PreTrainedModel) -> PreTrainedModel:
     """Move every parameter to memory of its own, and return the model.
 
-    transformers 5.17 leaves what it loads where the file is mapped, at odd addresses, at which torch adds up in
-    another order: the parameters are bit-equal, the logits are not.
+    transformers 5.17, and newer ones' load_adapter and PEFT's low_cpu_mem_usage, leave what they load where the file
+    is mapped, at odd addresses, at which torch adds up in another order: the parameters are bit-equal, the logits not.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()

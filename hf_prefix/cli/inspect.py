@@ -35,6 +35,7 @@ def inspect(prefix: Annotated[Path, typer.Argument(help="Folder of a trained pre
         "gguf file": record.gguf_file,
         "task": config.task_type,
         "virtual tokens": config.num_virtual_tokens,
+        "frozen tokens": config.num_frozen_tokens or None,
         "projection": f"hidden width {config.hidden_size}" if config.prefix_projection else "none (keys and values)",
         "started from": config.prefix_init,
         "parameters": f"{numbers:,}",

@@ -2,7 +2,9 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +22,41 @@ class PrefixShape:
         num_virtual_tokens: Length P.
         key_size: Size of a key head.
         value_size: Size of a value head; 0 where the keys serve as values too.
+        num_frozen_tokens: How many of the first virtual tokens are never learned; fewer than P.
     """
 
     heads: int
     num_virtual_tokens: int
     key_size: int
     value_size: int
+    num_frozen_tokens: int = 0
+
+    @property
+    def num_learned_tokens(self) -> int:
+        """Number of virtual tokens that the parameters stand for."""
+        return self.num_virtual_tokens - self.num_frozen_tokens
 
 
 class PrefixEncoder(nn.Module, ABC):
-    """Gives the keys and values of one prefix at one attention module.
+    """Gives the keys and values of one prefix at one attention module: `[frozen ; learned]`.
 
     Args:
         shape: Shape of the keys and values.
-        dropout: Probability of dropping a number of the final keys and values, in training.
-        awaiting_weights: Whether the parameters mean nothing until they are loaded. They are then filled with
+        dropout: Probability of dropping a number of the final learned keys and values, in training.
+        awaiting_weights: Whether the tensors mean nothing until they are loaded. They are then filled with
             NaN, and the first use checks that a file has replaced them.
     """
+
+    frozen_key: Tensor | None
+    frozen_value: Tensor | None
 
     def __init__(self, shape: PrefixShape, dropout: float, awaiting_weights: bool) -> None:
         super().__init__()
         self.shape, self.dropout, self.awaiting_weights = shape, dropout, awaiting_weights
+        # Buffers, because PEFT makes every parameter of an active adapter trainable, and an optimiser's weight
+        # decay moves also those whose gradient is zero.
+        self.register_buffer("frozen_key", _frozen(shape, shape.key_size))
+        self.register_buffer("frozen_value", _frozen(shape, shape.value_size))
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -49,18 +65,52 @@ class PrefixEncoder(nn.Module, ABC):
 
     @abstractmethod
     def compute(self) -> KeyValuePrefix:
-        """Return the keys and values, in float32 and with gradients."""
+        """Return the learned keys and values, in float32 and with gradients."""
 
     @abstractmethod
-    def initialize(self, key: Tensor, value: Tensor) -> None:
-        """Make `compute` return these keys and values, as nearly as the parameterisation can."""
+    def fit(self, key: Tensor, value: Tensor) -> None:
+        """Make `compute` return these keys and values, as nearly as the parameterisation can.
+
+        Args:
+            key: [heads, num_learned_tokens, key_size]
+            value: [heads, num_learned_tokens, value_size]
+        """
 
     @abstractmethod
-    def sources(self) -> list[Tensor]:
+    def learned(self) -> list[Tensor]:
         """Return every parameter that the keys and values depend on."""
 
+    def sources(self) -> list[Tensor]:
+        """Return every tensor that the keys and values depend on."""
+        frozen = [tensor for tensor in (self.frozen_key, self.frozen_value) if tensor is not None]
+        return [*self.learned(), *frozen]
+
+    def initialize(self, key: Tensor, value: Tensor) -> None:
+        """Start from these keys and values: the frozen tokens exactly, the others as nearly as `fit` can.
+
+        Args:
+            key: [heads, num_virtual_tokens, key_size]
+            value: [heads, num_virtual_tokens, value_size]
+        """
+        self.fit(*self.freeze(key, value))
+
+    @torch.no_grad()
+    def freeze(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the first tokens for good and return the others, which are to be learned.
+
+        Args:
+            key: [heads, num_virtual_tokens, key_size]
+            value: [heads, num_virtual_tokens, value_size]
+        """
+        count = self.shape.num_frozen_tokens
+        if self.frozen_key is not None:
+            self.frozen_key.copy_(key[:, :count])
+        if self.frozen_value is not None:
+            self.frozen_value.copy_(value[:, :count])
+        return key[:, count:], value[:, count:]
+
     def forward(self) -> KeyValuePrefix:
-        """Return the keys and values.
+        """Return the keys and values of all virtual tokens.
 
         Raises:
             PrefixNotLoadedError: The prefix was attached from a saved configuration and never got its weights.
@@ -69,10 +119,13 @@ class PrefixEncoder(nn.Module, ABC):
             _check_loaded(self)
             self.awaiting_weights = False
         prefix = self.compute()
-        if not self.training or self.dropout == 0:
+        if self.training and self.dropout > 0:
+            dropout = nn.functional.dropout
+            prefix = KeyValuePrefix(dropout(prefix.key, self.dropout), dropout(prefix.value, self.dropout))
+        if self.frozen_key is None:
             return prefix
-        dropout = nn.functional.dropout
-        return KeyValuePrefix(dropout(prefix.key, self.dropout), dropout(prefix.value, self.dropout))
+        value = self.frozen_key[..., :0] if self.frozen_value is None else self.frozen_value
+        return KeyValuePrefix.concatenate([KeyValuePrefix(self.frozen_key, value).to(prefix.key), prefix])
 
 
 class DirectPrefix(PrefixEncoder):
@@ -86,9 +139,9 @@ class DirectPrefix(PrefixEncoder):
 
     def __init__(self, shape: PrefixShape, dropout: float, awaiting_weights: bool) -> None:
         super().__init__(shape, dropout, awaiting_weights)
-        self.key = nn.Parameter(torch.randn(shape.heads, shape.num_virtual_tokens, shape.key_size))
+        self.key = nn.Parameter(torch.randn(shape.heads, shape.num_learned_tokens, shape.key_size))
         if shape.value_size:
-            self.value = nn.Parameter(torch.randn(shape.heads, shape.num_virtual_tokens, shape.value_size))
+            self.value = nn.Parameter(torch.randn(shape.heads, shape.num_learned_tokens, shape.value_size))
         else:
             self.register_parameter("value", None)
         if awaiting_weights:
@@ -99,13 +152,18 @@ class DirectPrefix(PrefixEncoder):
         return KeyValuePrefix(self.key, self.key[..., :0] if self.value is None else self.value)
 
     @torch.no_grad()
-    def initialize(self, key: Tensor, value: Tensor) -> None:
-        """Copy the keys and values."""
+    def fit(self, key: Tensor, value: Tensor) -> None:
+        """Copy the keys and values.
+
+        Args:
+            key: [heads, num_learned_tokens, key_size]
+            value: [heads, num_learned_tokens, value_size]
+        """
         self.key.copy_(key)
         if self.value is not None:
             self.value.copy_(value)
 
-    def sources(self) -> list[Tensor]:
+    def learned(self) -> list[Tensor]:
         """Return key and value."""
         return [self.key] if self.value is None else [self.key, self.value]
 
@@ -114,17 +172,17 @@ class PrefixTrunk(nn.Module):
     """The part of the paper's MLP that all attention modules of a role share: H = tanh(E W^T + b).
 
     Args:
-        num_virtual_tokens: Length P of the prefix.
+        num_learned_tokens: Length P of the prefix, without its frozen tokens.
         model_size: Width of the embedding E, the model's hidden size.
         hidden_size: Width of H.
         awaiting_weights: Whether the weights come from a file.
     """
 
-    def __init__(self, num_virtual_tokens: int, model_size: int, hidden_size: int, awaiting_weights: bool) -> None:
+    def __init__(self, num_learned_tokens: int, model_size: int, hidden_size: int, awaiting_weights: bool) -> None:
         super().__init__()
         # PyTorch's own initialisation of an embedding and a linear layer, as in the original code.
         linear = nn.Linear(model_size, hidden_size)
-        self.embedding = nn.Parameter(torch.randn(num_virtual_tokens, model_size))
+        self.embedding = nn.Parameter(torch.randn(num_learned_tokens, model_size))
         self.weight, self.bias = linear.weight, linear.bias
         self.awaiting_weights = awaiting_weights
         if awaiting_weights:
@@ -137,7 +195,7 @@ class PrefixTrunk(nn.Module):
         self._hidden, self._evaluated_by = None, None
 
     def hidden(self, caller: int) -> Tensor:
-        """Return H [num_virtual_tokens, hidden_size], evaluated once per forward pass.
+        """Return H [num_learned_tokens, hidden_size], evaluated once per forward pass.
 
         Under gradient checkpointing a layer runs twice. The caller that evaluated H evaluates it again then, so
         that both runs do the same. In reentrant checkpointing the first run records no gradient, so that its H
@@ -205,22 +263,29 @@ class ProjectedPrefix(PrefixEncoder):
             return self._split(nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias))
 
     @torch.no_grad()
-    def initialize(self, key: Tensor, value: Tensor) -> None:
-        """Solve the slice by least squares: exact while P is at most the hidden width."""
+    def fit(self, key: Tensor, value: Tensor) -> None:
+        """Solve the slice by least squares: exact while the learned tokens are at most as many as the hidden width.
+
+        The bias is the mean over the tokens, and the weights are the ones of least norm.
+
+        Args:
+            key: [heads, num_learned_tokens, key_size]
+            value: [heads, num_learned_tokens, value_size]
+        """
         hidden = self.trunk()
         if hidden.shape[0] > hidden.shape[1]:
             warnings.warn(
-                f"num_virtual_tokens={hidden.shape[0]} exceeds encoder_hidden_size={hidden.shape[1]}, so the "
+                f"The {hidden.shape[0]} learned virtual tokens exceed encoder_hidden_size={hidden.shape[1]}, so the "
                 "prefix starts only near its initialisation; a larger encoder_hidden_size makes it exact.",
                 stacklevel=2,
             )
-        target = torch.cat([_rows(key), _rows(value)], dim=1).to(hidden.device, torch.float64)
+        target = as_rows(key, value).to(hidden.device, torch.float64)
         bias = target.mean(dim=0)
         weight = torch.linalg.pinv(hidden.double()) @ (target - bias)
         self.weight.copy_(weight.T)
         self.bias.copy_(bias)
 
-    def sources(self) -> list[Tensor]:
+    def learned(self) -> list[Tensor]:
         """Return slice and trunk."""
         return [self.weight, self.bias, *self.trunk.parameters()]
 
@@ -233,14 +298,21 @@ class ProjectedPrefix(PrefixEncoder):
         )
 
 
-def _rows(states: Tensor) -> Tensor:
-    """Return [heads, P, size] as [P, heads * size]."""
-    return states.transpose(0, 1).flatten(1)
+def as_rows(key: Tensor, value: Tensor) -> Tensor:
+    """Return [heads, tokens, size] of keys and values as [tokens, heads * (key_size + value_size)]."""
+    return torch.cat([key.transpose(0, 1).flatten(1), value.transpose(0, 1).flatten(1)], dim=1)
+
+
+def _frozen(shape: PrefixShape, size: int) -> Tensor | None:
+    """Return standard normal numbers in place of the frozen tokens' keys or values, None where there are none."""
+    if shape.num_frozen_tokens == 0 or size == 0:
+        return None
+    return torch.randn(shape.heads, shape.num_frozen_tokens, size)
 
 
 def _check_loaded(module: nn.Module) -> None:
-    # Each module looks at its own parameters only, and in its forward: elsewhere they may be offloaded.
-    if any(parameter.is_meta or not bool(parameter.isfinite().all()) for parameter in module.parameters()):
+    # Each module looks at its own tensors only, and in its forward: elsewhere they may be offloaded.
+    if any(tensor.is_meta or not bool(tensor.isfinite().all()) for tensor in _tensors(module)):
         raise PrefixNotLoadedError(
             "This prefix was attached from a saved configuration, but its weights were not loaded or are not "
             "finite. Load both with PeftModel.from_pretrained(model, folder) or model.load_adapter(folder), "
@@ -250,5 +322,9 @@ def _check_loaded(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _overwrite_with_nan(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        parameter.fill_(float("nan"))
+    for tensor in _tensors(module):
+        tensor.fill_(float("nan"))
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())

@@ -14,6 +14,8 @@ SAVED_PREFIX = "base_model.model."
 
 SAVED_KEY = ".hf_prefix.hf_prefix_encoder.key"
 SAVED_VALUE = ".hf_prefix.hf_prefix_encoder.value"
+SAVED_FROZEN_KEY = ".hf_prefix.hf_prefix_encoder.frozen_key"
+SAVED_FROZEN_VALUE = ".hf_prefix.hf_prefix_encoder.frozen_value"
 
 
 def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
@@ -23,7 +25,7 @@ def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
         folder: Folder or Hub id.
 
     Returns:
-        Keys and values by name of the attention module.
+        Keys and values by name of the attention module, of frozen tokens as well.
 
     Raises:
         PrefixError: The folder holds no direct prefix.
@@ -42,8 +44,11 @@ def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
 
 def _key_values(weights: Mapping[str, Tensor], name: str) -> KeyValuePrefix:
     """Return what is saved for an attention module; without values, its keys serve as such."""
-    key = weights[name + SAVED_KEY]
-    return KeyValuePrefix(key, weights.get(name + SAVED_VALUE, key[..., :0]))
+    saved = [(name + SAVED_FROZEN_KEY, name + SAVED_FROZEN_VALUE), (name + SAVED_KEY, name + SAVED_VALUE)]
+    parts = [(weights[key], weights.get(value)) for key, value in saved if key in weights]
+    return KeyValuePrefix.concatenate(
+        [KeyValuePrefix(key, key[..., :0] if value is None else value) for key, value in parts]
+    )
 
 
 def check_fits(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
