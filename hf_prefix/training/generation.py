@@ -44,8 +44,14 @@ class DecodingSettings:
             raise DataError("stop_string must not be empty; pass None to stop at the end token only.")
 
 
-class _StopAfterString(StoppingCriteria):
-    """Ends a row once its new text, without leading whitespace, contains the stop string."""
+class StopAfterString(StoppingCriteria):
+    """Ends a row once its new text, without leading whitespace, contains the stop string.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        stop_string: What ends a text.
+        prompt_length: Tokens of each row that are not new.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_string: str, prompt_length: int) -> None:
         self._tokenizer = tokenizer
@@ -53,6 +59,13 @@ class _StopAfterString(StoppingCriteria):
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return which rows are done [batch].
+
+        Args:
+            input_ids: Prompts and new tokens so far [batch, length].
+            scores: Not looked at.
+            **kwargs: Not looked at.
+        """
         texts = self._tokenizer.batch_decode(input_ids[:, self._prompt_length :], skip_special_tokens=True)
         done = [self._stop_string in text.lstrip() for text in texts]
         return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
@@ -134,7 +147,7 @@ def generate_from_ids(
     pad_token_id = resolve_pad_token_id(tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [""] * len(prompts)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for start in range(0, len(order), settings.batch_size):
             batch = order[start : start + settings.batch_size]
             rows = [prompts[index] for index in batch]
@@ -159,7 +172,7 @@ def _decode_batch(
     prompt_length = 0 if is_encoder_decoder else input_ids.shape[1]
     stopping = StoppingCriteriaList()
     if settings.stop_string is not None:
-        stopping.append(_StopAfterString(tokenizer, settings.stop_string, prompt_length))
+        stopping.append(StopAfterString(tokenizer, settings.stop_string, prompt_length))
     output = model.generate(
         input_ids=input_ids,
         attention_mask=mask,
@@ -167,7 +180,7 @@ def _decode_batch(
         num_beams=settings.num_beams,
         do_sample=False,
         pad_token_id=pad_token_id,
-        eos_token_id=_end_token_ids(model, tokenizer),
+        eos_token_id=end_token_ids(model, tokenizer),
         stopping_criteria=stopping,
         # A base model's saved sampling defaults mean nothing here, and transformers warns about each of them.
         temperature=None,
@@ -182,8 +195,13 @@ def _until(text: str, stop_string: str | None) -> str:
     return text.strip() if stop_string is None else text.lstrip().split(stop_string, 1)[0].strip()
 
 
-def _end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token, which training uses, and any that the model itself names."""
+def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokenizer's end token, which training uses, and any that the model itself names.
+
+    Args:
+        model: The model that generates.
+        tokenizer: Its tokenizer.
+    """
     named = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
     return sorted(token_id for token_id in ids if token_id is not None)
@@ -204,8 +222,12 @@ def _check_room(
 
 
 @contextmanager
-def _evaluation_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Dropout off while decoding; the model's mode comes back afterwards."""
+def evaluation_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Switch dropout off for a while; the model's mode comes back afterwards.
+
+    Args:
+        model: The model.
+    """
     was_training = model.training
     model.eval()
     try:
