@@ -25,7 +25,7 @@ from hf_prefix.training.distillation import (
     ask_questions,
     kl_divergence,
     likeliest,
-    mean_divergence,
+    mean_kl_divergence,
 )
 from matrix import BY_NAME
 from tiny_model import CONTEXT, tiny_bart, tiny_llama, tiny_tokenizer
@@ -261,7 +261,7 @@ def test_a_batch_of_padded_lessons_diverges_as_its_lessons_alone(family: Family)
     model = build(family)
     lessons = lessons_of(model, top_k=VOCABULARY)
     student = student_of(model, 6).eval()
-    found = mean_divergence(student, lessons, LessonCollator.for_model(model, tiny_tokenizer()), batch_size=4)
+    found = mean_kl_divergence(student, lessons, LessonCollator.for_model(model, tiny_tokenizer()), batch_size=4)
     alone = [divergence_alone(student, *row) for row in zip(lessons, QUERIES, ANSWERS, strict=True)]
     assert found == pytest.approx(float(torch.cat(alone).mean()), rel=1e-4)
     assert found > 0.01
@@ -270,10 +270,10 @@ def test_a_batch_of_padded_lessons_diverges_as_its_lessons_alone(family: Family)
 def test_a_student_that_starts_from_the_whole_context_is_the_teacher(causal_family: Family):
     model = build(causal_family)
     lessons, collator = lessons_of(model, top_k=VOCABULARY), LessonCollator(0)
-    without = mean_divergence(model, lessons, collator)
+    without = mean_kl_divergence(model, lessons, collator)
     # As a prompt would: with "pin", the sliding windows of Gemma 3 and Mistral would see more of the context.
     student = student_of(model, len(TEXT), sliding_window="scroll")
-    assert abs(mean_divergence(student, lessons, collator)) < 1e-5 < without
+    assert abs(mean_kl_divergence(student, lessons, collator)) < 1e-5 < without
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
@@ -297,9 +297,9 @@ def test_training_brings_the_student_nearer(name: str, tmp_path: Path):
     student = student_of(model, 6)
     collator = LessonCollator.for_model(model, tiny_tokenizer())
     trainer = DistillationTrainer(student, arguments(tmp_path), data_collator=collator, train_dataset=lessons)
-    before = mean_divergence(student, lessons, collator)
+    before = mean_kl_divergence(student, lessons, collator)
     trainer.train()
-    assert mean_divergence(student, lessons, collator) < 0.8 * before
+    assert mean_kl_divergence(student, lessons, collator) < 0.8 * before
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
@@ -311,7 +311,7 @@ def test_the_loss_of_the_trainer_is_the_divergence(name: str, tmp_path: Path):
     trainer = DistillationTrainer(
         student, arguments(tmp_path, **options), data_collator=collator, train_dataset=lessons, eval_dataset=lessons
     )
-    expected = mean_divergence(student, lessons, collator)
+    expected = mean_kl_divergence(student, lessons, collator)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
     student.eval()
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_batches_without_a_teacher_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"no \['teacher_token_ids', .*lessons of a Teacher"):
         trainer.train()
     with pytest.raises(DataError, match="no lesson to measure"):
-        mean_divergence(student, [], LessonCollator(0))
+        mean_kl_divergence(student, [], LessonCollator(0))
 
 
 @pytest.mark.parametrize("wrong", ["label_smoothing_factor", "compute_loss_func"])

@@ -11,7 +11,7 @@ from hf_prefix.training.distillation.kl_divergence import Outcomes, kl_divergenc
 from hf_prefix.training.distillation.lessons import Lesson, LessonCollator
 from hf_prefix.training.distillation.self_study import SEED_PROMPTS, ask_questions
 from hf_prefix.training.distillation.teacher import DEFAULT_TOP_K, Teacher
-from hf_prefix.training.distillation.trainer import DistillationTrainer, mean_divergence
+from hf_prefix.training.distillation.trainer import DistillationTrainer, mean_kl_divergence
 
 __all__ = [
     "DEFAULT_TOP_K",
@@ -26,5 +26,5 @@ __all__ = [
     "ask_questions",
     "kl_divergence",
     "likeliest",
-    "mean_divergence",
+    "mean_kl_divergence",
 ]

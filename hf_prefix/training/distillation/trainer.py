@@ -27,7 +27,7 @@ class DistillationTrainer(PrefixTrainer):
 
     It takes `Lesson`s and a `LessonCollator`; the labels only say where the answers are. Everything else is as in
     `PrefixTrainer`. `evaluate` gives the mean divergence as `eval_loss`; as with every Trainer that is a mean over
-    batches, `mean_divergence` one over tokens.
+    batches, `mean_kl_divergence` one over tokens.
 
     Raises:
         TrainingError: Label smoothing or a loss function of the caller's was asked for: there is one loss here.
@@ -65,7 +65,7 @@ class DistillationTrainer(PrefixTrainer):
 
         Raises:
             DataError: The batch holds no teacher's outcomes.
-            TrainingError: The model is training and the loss is not finite.
+            DivergenceError: The model is training and the loss is not finite.
         """
         missing = [name for name in TEACHER_LABELS if name not in inputs]
         if missing:
@@ -80,7 +80,7 @@ class DistillationTrainer(PrefixTrainer):
         return divergence.sum() / (len(divergence) if num_items_in_batch is None else num_items_in_batch)
 
 
-def mean_divergence(
+def mean_kl_divergence(
     model: PreTrainedModel | PeftModel, lessons: Sequence[Lesson], collator: LessonCollator, batch_size: int = 8
 ) -> float:
     """Return the mean KL(teacher || student) per token of the answers, in nats.
