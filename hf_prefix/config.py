@@ -34,6 +34,9 @@ class PrefixConfig(PeftConfig):
         prefix_projection: Learn the prefix through the paper's MLP (§4.3), P[i] = MLP(P'[i]), instead of
             directly. One embedding and one hidden layer per role, and one output slice per attention module.
         encoder_hidden_size: Hidden width of that MLP (512 when None). Only with `prefix_projection`.
+        embedding_only: Learn input embeddings of the virtual tokens only (§7.2, "embedding-only"): the keys and values
+            of every layer are what the frozen model computes of them. Decoder-only models. Needs non-reentrant
+            gradient checkpointing, if any. `prefix_init` then gives embeddings.
         prefix_dropout: Dropout probability on the final keys and values, in training only (0.0 in the paper).
         prefix_init: Where the prefix starts. "real_tokens": activations of random tokens of the vocabulary (the
             paper's §7.4 finds real words far ahead of random numbers); "text": activations of
@@ -75,6 +78,7 @@ class PrefixConfig(PeftConfig):
     roles: list[Role] | None = field(default=None)
     prefix_projection: bool = field(default=False)
     encoder_hidden_size: int | None = field(default=None)
+    embedding_only: bool = field(default=False)
     prefix_dropout: float = field(default=0.0)
     prefix_init: PrefixInit = field(default="real_tokens")
     prefix_init_text: str | None = field(default=None)
@@ -101,6 +105,7 @@ class PrefixConfig(PeftConfig):
         self.check_frozen_tokens()
         self._check_choices()
         self._check_projection()
+        self._check_embedding_only()
         self._check_initialization()
         self._check_targets()
 
@@ -198,6 +203,27 @@ class PrefixConfig(PeftConfig):
                 "projection_init='mse' has no effect with prefix_init='random', which leaves the projection at its "
                 "own random start; choose another prefix_init or leave it out."
             )
+
+    def _check_embedding_only(self) -> None:
+        if not self.embedding_only:
+            return
+        if self.prefix_projection:
+            raise PrefixError(
+                "embedding_only=True learns input embeddings, prefix_projection=True an MLP that gives keys and "
+                "values; choose one of them."
+            )
+        if self.num_frozen_tokens:
+            raise PrefixError(
+                f"embedding_only=True computes the keys and values of all tokens from the embeddings, so that "
+                f"num_frozen_tokens={self.num_frozen_tokens} would have none to keep; choose one of them."
+            )
+        if self.prefix_init == "prefix":
+            raise PrefixError(
+                "embedding_only=True cannot start from the keys and values of another prefix, which do not tell the "
+                "embeddings that they come from; use prefix_init='real_tokens', 'text' or 'token_ids'."
+            )
+        if self.roles is not None and self.roles != ["decoder"]:
+            raise PrefixError(f"embedding_only=True is for decoder-only models, got roles={self.roles!r}.")
 
     def _check_initialization(self) -> None:
         if self.tokenizer_name_or_path is not None and self.prefix_init != "text":

@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from hf_prefix.attention.embedding_run import embed, input_width
 from hf_prefix.attention.exceptions import tokens_in_front
 from hf_prefix.attention.placement import check_has_weights
-from hf_prefix.attention.recording import RecordedCall, record_states
+from hf_prefix.attention.recording import record_states
 from hf_prefix.attention.sites import AttentionSite, place_in_cache
 from hf_prefix.config import PrefixConfig, PrefixInit
 from hf_prefix.errors import PrefixError, PrefixMismatchError
@@ -42,18 +43,41 @@ class Starter:
             PrefixError: The text or the tokens are longer than the prefix, or cannot be read.
             PrefixMismatchError: The other prefix does not fit the model.
         """
-        starts: dict[PrefixInit, Callable[[], Start | None]] = {
+        init = self.config.prefix_init
+        if init == "random":
+            return None
+        if init in ("zero", "prefix"):
+            return self._zero() if init == "zero" else self._prefix()
+        token_ids = self._tokens()
+        if init != "real_tokens":
+            return token_start(self.model, self.sites, token_ids)
+        start = _activations(self.model, self.sites, token_ids)
+        return {name: _stretched(prefix, self._length) for name, prefix in start.items()}
+
+    def embeddings(self) -> Tensor | None:
+        """Return input embeddings [P, width] for a prefix that learns only these.
+
+        None where the parameters' own random start is meant.
+
+        Raises:
+            PrefixError: The text or the tokens are longer than the prefix, or cannot be read.
+        """
+        stack = self.sites[0].stack
+        if self.config.prefix_init == "random":
+            return None
+        if self.config.prefix_init == "zero":
+            return torch.zeros(self._length, input_width(stack))
+        check_has_weights(self.model)
+        return embed(stack, known_tokens(self.model, self._tokens()))
+
+    def _tokens(self) -> list[int]:
+        """Return the ids of the tokens that the prefix starts from."""
+        kinds: dict[PrefixInit, Callable[[], list[int]]] = {
             "real_tokens": self._real_tokens,
             "text": self._text,
             "token_ids": self._token_ids,
-            "prefix": self._prefix,
-            "zero": self._zero,
-            "random": self._random,
         }
-        return starts[self.config.prefix_init]()
-
-    def _random(self) -> None:
-        return None
+        return kinds[self.config.prefix_init]()
 
     def _zero(self) -> Start:
         length = self._length
@@ -65,25 +89,23 @@ class Starter:
             for site in self.sites
         }
 
-    def _real_tokens(self) -> Start:
+    def _real_tokens(self) -> list[int]:
         generator = torch.Generator().manual_seed(self.config.prefix_init_seed)
         vocabulary = self.model.config.get_text_config().vocab_size
-        token_ids = torch.randint(vocabulary, (self._length,), generator=generator).tolist()
-        start = _activations(self.model, self.sites, token_ids)
-        return {name: _stretched(prefix, self._length) for name, prefix in start.items()}
+        token_ids: list[int] = torch.randint(vocabulary, (self._length,), generator=generator).tolist()
+        return token_ids
 
-    def _token_ids(self) -> Start:
-        return token_start(self.model, self.sites, self._fill(list(self.config.prefix_init_token_ids or [])))
+    def _token_ids(self) -> list[int]:
+        return self._fill(list(self.config.prefix_init_token_ids or []))
 
-    def _text(self) -> Start:
+    def _text(self) -> list[int]:
         name = self.config.tokenizer_name_or_path or self.model.config.name_or_path
         if not name:
             raise PrefixError(
                 "prefix_init='text' needs a tokenizer, and the model does not name its own; set "
                 "tokenizer_name_or_path, or give the tokens with prefix_init='token_ids'."
             )
-        token_ids = text_tokens(str(self.config.prefix_init_text), AutoTokenizer.from_pretrained(name))
-        return token_start(self.model, self.sites, self._fill(token_ids))
+        return self._fill(text_tokens(str(self.config.prefix_init_text), AutoTokenizer.from_pretrained(name)))
 
     def _prefix(self) -> Start:
         states = read_key_values(str(self.config.prefix_init_path))
@@ -145,19 +167,29 @@ def token_start(model: PreTrainedModel, sites: list[AttentionSite], token_ids: l
     return start
 
 
-def _activations(
-    model: PreTrainedModel, sites: list[AttentionSite], token_ids: list[int]
-) -> dict[str, KeyValuePrefix]:
+def known_tokens(model: PreTrainedModel, token_ids: list[int]) -> list[int]:
+    """Return token ids that the model knows.
+
+    Raises:
+        PrefixError: It does not know one of them.
+    """
     vocabulary = model.config.get_text_config().vocab_size
     unknown = [token_id for token_id in token_ids if not 0 <= token_id < vocabulary]
     if unknown:
         raise PrefixError(
             f"Token id {unknown[0]} is outside the model's vocabulary of {vocabulary}; use the model's own tokenizer."
         )
+    return token_ids
+
+
+def _activations(
+    model: PreTrainedModel, sites: list[AttentionSite], token_ids: list[int]
+) -> dict[str, KeyValuePrefix]:
+    tokens = torch.tensor([known_tokens(model, token_ids)], device="cpu")
     check_has_weights(model)
-    tokens = torch.tensor([token_ids], device="cpu")
     recorded = record_states(model, tokens, [site.module for site in sites])
-    return {site.name: _behind_own_tokens(recorded[site.module], site) for site in sites}
+    # Without the tokens that the model itself puts in front.
+    return {site.name: recorded[site.module].prefix(tokens_in_front(site.stack)) for site in sites}
 
 
 def _stretched(prefix: KeyValuePrefix, length: int) -> KeyValuePrefix:
@@ -166,12 +198,6 @@ def _stretched(prefix: KeyValuePrefix, length: int) -> KeyValuePrefix:
         return prefix
     places = torch.arange(length, device=prefix.key.device) % prefix.length
     return KeyValuePrefix(prefix.key[:, places], prefix.value[:, places])
-
-
-def _behind_own_tokens(call: RecordedCall, site: AttentionSite) -> KeyValuePrefix:
-    """Return the recorded states of one row, without those of tokens that the model itself puts in front."""
-    skipped = tokens_in_front(site.stack)
-    return KeyValuePrefix(call.key[0, :, skipped:], call.value[0, :, skipped:])
 
 
 def cache_start(cache: Cache, sites: list[AttentionSite]) -> Start:

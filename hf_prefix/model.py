@@ -14,16 +14,25 @@ from transformers import PreTrainedModel
 
 from hf_prefix.attention.continuous_batching import ContinuousBatchingGuard
 from hf_prefix.attention.discovery import find_sites
+from hf_prefix.attention.embedding_run import EmbeddingRun, check_embeddings_suffice, input_width
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.attention.positions import positions_module
 from hf_prefix.attention.sites import AttentionSite, check_can_scroll
 from hf_prefix.attention.stack import PrefixStack
-from hf_prefix.attention.tuner_layer import CHILD_NAME, PrefixTunerLayer
+from hf_prefix.attention.tuner_layer import CHILD_NAME, PrefixTunerLayer, prefix_layers, prefixes_off
 from hf_prefix.config import PrefixConfig, Role
 from hf_prefix.errors import PrefixError, PrefixMismatchError, UnsupportedCallError, UnsupportedModelError
 from hf_prefix.initialization import Start, Starter
 from hf_prefix.peft_type import PARAMETER_PREFIX
-from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, PrefixShape, PrefixTrunk, ProjectedPrefix
+from hf_prefix.prefix.embedding_only import EmbeddedPrefix, PrefixEmbedding
+from hf_prefix.prefix.encoders import (
+    DirectPrefix,
+    PrefixEncoder,
+    PrefixShape,
+    PrefixTrunk,
+    ProjectedPrefix,
+    SharedPart,
+)
 from hf_prefix.prefix.fitting import initialize_encoders
 from hf_prefix.sharing.checkpoint import check_fits
 
@@ -47,6 +56,7 @@ class PrefixModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - read from the class by PEFT
 
     _start: Start | None
+    _embeddings: Tensor | None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach a prefix.
@@ -69,7 +79,7 @@ class PrefixModel(BaseTuner):
         if self._start is not None:
             self._initialize(adapter_name, self._start)
         # The parameters hold a copy; the activations that they started from are not needed any more.
-        self._start = None
+        self._start = self._embeddings = None
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         # target_modules stays None: the sites are found from the model, on each model anew.
@@ -89,9 +99,20 @@ class PrefixModel(BaseTuner):
                     check_can_scroll(site.module)
             _check_layers(self._matcher, sites)
             _check_modules(peft_config, targets)
-            self._start = None
-            if not peft_config.initialized:
-                self._start = Starter(model, targets, peft_config).start()
+            self._find_start(model, targets, peft_config)
+
+    def _find_start(self, model: PreTrainedModel, targets: list[AttentionSite], config: PrefixConfig) -> None:
+        self._start = self._embeddings = None
+        starter = Starter(model, targets, config)
+        if config.embedding_only:
+            check_embeddings_suffice(model, targets)
+            self._run = EmbeddingRun.of(model, targets)
+        if config.initialized:
+            return
+        if config.embedding_only:
+            self._embeddings = starter.embeddings()
+        else:
+            self._start = starter.start()
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
         # Not a plain bool: PEFT tells an excluded module from one that never matched.
@@ -116,10 +137,8 @@ class PrefixModel(BaseTuner):
         scroll = peft_config.sliding_window == "scroll"
         offset = _length(peft_config) if _moves_positions(peft_config, site, self.model) else 0
         if adapter_name not in stack.hf_prefix_offset:
-            trunk = _new_trunk(peft_config, site) if peft_config.prefix_projection else None
-            stack.update_layer(adapter_name, trunk, offset, scroll)
-        trunk = stack.trunk(adapter_name) if peft_config.prefix_projection else None
-        layer.update_layer(adapter_name, _new_encoder(peft_config, site, trunk), scroll)
+            stack.update_layer(adapter_name, self._new_trunk(peft_config, site), offset, scroll)
+        layer.update_layer(adapter_name, _new_encoder(peft_config, site, stack.trunk(adapter_name)), scroll)
 
     def _initialize(self, adapter_name: str, start: Start) -> None:
         """Let a prefix start, once all attention modules have their part of it."""
@@ -128,6 +147,19 @@ class PrefixModel(BaseTuner):
         # Parameters on the meta device wait for a file (low_cpu_mem_usage).
         if not any(tensor.is_meta for encoder in starts for tensor in encoder.sources()):
             initialize_encoders(starts, self.peft_config[adapter_name].projection_init)
+
+    def _new_trunk(self, config: PrefixConfig, site: AttentionSite) -> SharedPart | None:
+        """Return what the attention modules of a role share of a prefix, or None where they share nothing."""
+        if config.embedding_only:
+            width = input_width(site.stack)
+            trunk = PrefixEmbedding(_length(config), width, self._run, config.initialized)
+            if self._embeddings is not None and not trunk.embedding.is_meta:
+                trunk.initialize(self._embeddings)
+            return trunk
+        if config.prefix_projection:
+            learned = _length(config) - config.num_frozen_tokens
+            return PrefixTrunk(learned, site.model_size, config.hidden_size, config.initialized)
+        return None
 
     def _stack(self, site: AttentionSite) -> PrefixStack:
         """Return what the modules of the site's role share, created when first needed."""
@@ -183,13 +215,6 @@ class PrefixModel(BaseTuner):
         return remapped
 
 
-def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixTunerLayer]]:
-    """Yield name and module of everything of ours in a model."""
-    for name, module in model.named_modules():
-        if isinstance(module, PrefixTunerLayer):
-            yield name, module
-
-
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Return the tensors of a prefix by their name in the model."""
     return {
@@ -198,20 +223,6 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         for key, tensor in layer.state_dict(keep_vars=True).items()
         if key.split(".")[1] == adapter_name
     }
-
-
-@contextmanager
-def prefixes_off(model: nn.Module) -> Iterator[None]:
-    """Switch off the prefixes that a model has already, so that the base model is what is looked at."""
-    layers = [layer for _, layer in prefix_layers(model)]
-    states = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, state in zip(layers, states, strict=True):
-            layer._disable_adapters = state
 
 
 def _select(sites: list[AttentionSite], config: PrefixConfig, model: PreTrainedModel) -> list[AttentionSite]:
@@ -268,16 +279,13 @@ def _check_modules(config: PrefixConfig, targets: list[AttentionSite]) -> None:
     config.attention_modules = found
 
 
-def _new_trunk(config: PrefixConfig, site: AttentionSite) -> PrefixTrunk:
-    learned = _length(config) - config.num_frozen_tokens
-    return PrefixTrunk(learned, site.model_size, config.hidden_size, config.initialized)
-
-
-def _new_encoder(config: PrefixConfig, site: AttentionSite, trunk: PrefixTrunk | None) -> PrefixEncoder:
+def _new_encoder(config: PrefixConfig, site: AttentionSite, trunk: SharedPart | None) -> PrefixEncoder:
     shape = PrefixShape(site.heads, _length(config), site.key_size, site.value_size, config.num_frozen_tokens)
-    if trunk is None:
-        return DirectPrefix(shape, config.prefix_dropout, config.initialized)
-    return ProjectedPrefix(shape, config.prefix_dropout, trunk, config.initialized)
+    if config.embedding_only:
+        return EmbeddedPrefix(shape, config.prefix_dropout, cast(PrefixEmbedding, trunk), site.name)
+    if config.prefix_projection:
+        return ProjectedPrefix(shape, config.prefix_dropout, cast(PrefixTrunk, trunk), config.initialized)
+    return DirectPrefix(shape, config.prefix_dropout, config.initialized)
 
 
 def _length(config: PrefixConfig) -> int:

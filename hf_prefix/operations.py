@@ -9,23 +9,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from hf_prefix.attention.discovery import find_sites
+from hf_prefix.attention.embedding_run import embed
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.attention.sites import AttentionSite
 from hf_prefix.attention.stack import PrefixStack
-from hf_prefix.attention.tuner_layer import CHILD_NAME
+from hf_prefix.attention.tuner_layer import CHILD_NAME, prefix_layers, prefixes_off
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError
-from hf_prefix.initialization import Start, cache_start, checked_start, text_tokens, token_start
-from hf_prefix.model import prefix_layers, prefixes_off
-from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder
+from hf_prefix.initialization import Start, cache_start, checked_start, known_tokens, text_tokens, token_start
+from hf_prefix.prefix.embedding_only import PrefixEmbedding
+from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, SharedPart
 from hf_prefix.prefix.fitting import initialize_encoders
 
 
 def fold_prefix(model: nn.Module, adapter_name: str = "default") -> None:
     """Replace the projection of a prefix by the keys and values that it computes, in place.
 
-    The paper drops the MLP after training (§4.3); only the keys and values are saved then. The model's outputs
-    stay the same. A prefix without projection is left as it is.
+    The paper drops the MLP after training (§4.3); only the keys and values are saved then. The embeddings of an
+    embedding-only prefix (§7.2) are replaced alike. The model's outputs stay the same. A prefix of keys and values
+    is left as it is.
 
     Args:
         model: The model, wrapped by PEFT or not.
@@ -34,13 +36,18 @@ def fold_prefix(model: nn.Module, adapter_name: str = "default") -> None:
     Raises:
         PrefixError: The model has no such prefix.
     """
-    for layer in _layers_with(model, adapter_name):
+    layers = _layers_with(model, adapter_name)
+    for trunk in _trunks(model, adapter_name):
+        with torch.no_grad():
+            trunk.begin_forward(lambda: 0)
+    for layer in layers:
         layer.hf_prefix_encoder[adapter_name] = _folded(layer.encoder(adapter_name))
     for _, layer in prefix_layers(model):
         if isinstance(layer, PrefixStack) and adapter_name in layer.hf_prefix_trunk:
             del layer.hf_prefix_trunk[adapter_name]
     config = _config(model, adapter_name)
     config.prefix_projection, config.encoder_hidden_size, config.projection_init = False, None, "least_squares"
+    config.embedding_only = False
 
 
 def initialize_from_text(
@@ -70,6 +77,11 @@ def initialize_from_text(
             f"num_virtual_tokens={max(len(token_ids), 1)}."
         )
     base = _base_model(model)
+    if config.embedding_only:
+        embeddings = embed(sites[0].stack, known_tokens(base, token_ids))
+        for trunk in _trunks(model, adapter_name):
+            cast(PrefixEmbedding, trunk).initialize(embeddings)
+        return
     with prefixes_off(base):
         start = token_start(base, sites, token_ids)
     _initialize(sites, start, config, adapter_name)
@@ -134,6 +146,12 @@ def _layers_with(model: nn.Module, adapter_name: str) -> list[PrefixLayer]:
     if not found:
         raise PrefixError(f"The model has no prefix named {adapter_name!r}.")
     return found
+
+
+def _trunks(model: nn.Module, adapter_name: str) -> list[SharedPart]:
+    """Return the parts of a prefix that attention modules share."""
+    stacks = [layer for _, layer in prefix_layers(model) if isinstance(layer, PrefixStack)]
+    return [trunk for stack in stacks if (trunk := stack.trunk(adapter_name)) is not None]
 
 
 def _folded(encoder: PrefixEncoder) -> PrefixEncoder:

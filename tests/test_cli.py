@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner, Result
 
 import hf_prefix
+from hf_prefix import PrefixConfig
 from hf_prefix.cli import loading, precision
 from hf_prefix.cli.app import app
 from hf_prefix.cli.scoring import score
@@ -389,6 +390,14 @@ def test_inspect_tells_what_a_folder_holds(trained: Path, gpt2: Path):
     assert "virtual tokens: 3" in flat
     assert f"base model: {gpt2}" in flat
     assert "2 │ transformer.h.*.attn: key │ [4, 3, 8]" in flat
+
+
+def test_inspect_tells_that_embeddings_are_what_is_learned(gpt2: Path, tmp_path: Path):
+    config = PrefixConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, embedding_only=True)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), config).save_pretrained(tmp_path)
+    flat = " ".join(run("inspect", tmp_path).stdout.split())
+    assert "projection: none (input embeddings)" in flat
+    assert "parameters: 96 " in flat
 
 
 # Mistakes

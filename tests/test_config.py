@@ -53,6 +53,19 @@ INVALID = [
         {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 1.5},
         "encoder_hidden_size must be.*got 1.5",
     ),
+    (
+        {"num_virtual_tokens": 5, "embedding_only": True, "prefix_projection": True},
+        "embedding_only=True learns input embeddings, prefix_projection=True an MLP",
+    ),
+    (
+        {"num_virtual_tokens": 5, "embedding_only": True, "prefix_init": "prefix", "prefix_init_path": "a"},
+        "cannot start from the keys and values of another prefix",
+    ),
+    (
+        {"num_virtual_tokens": 5, "embedding_only": True, "num_frozen_tokens": 2},
+        "num_frozen_tokens=2 would have none to keep",
+    ),
+    ({"num_virtual_tokens": 5, "embedding_only": True, "roles": ["encoder"]}, r"decoder-only models, got roles="),
     ({"prefix_init": "text"}, "prefix_init='text' needs prefix_init_text, got None"),
     ({"prefix_init": "text", "prefix_init_text": ""}, "needs prefix_init_text, got ''"),
     ({"prefix_init": "token_ids"}, "needs prefix_init_token_ids, got None"),

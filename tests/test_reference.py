@@ -16,7 +16,7 @@ from hf_prefix.attention.discovery import find_sites
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.attention.masks import Extent, causal_mask
 from hf_prefix.attention.sites import AttentionSite, named_arguments
-from hf_prefix.model import prefixes_off
+from hf_prefix.attention.tuner_layer import prefixes_off
 from matrix import PREFIX_LENGTH, Batch, attach, decoder_words, new_cache, pad, rows_of_words
 from reference import attend, visibility
 

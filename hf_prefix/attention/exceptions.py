@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prefix.attention.masks import Extent
-from hf_prefix.attention.sites import PADDING_ARGUMENT, forward_parameters
+from hf_prefix.attention.sites import PADDING_ARGUMENT, forward_parameters, text_config
 from hf_prefix.errors import UnsupportedModelError
 
 PREDICT_MASK_ARGUMENT = "extended_predict_attention_mask"
@@ -77,6 +77,16 @@ def more_inputs(model: PreTrainedModel, length: int) -> dict[str, Any]:
 def tokens_in_front(stack: nn.Module) -> int:
     """Return how many learned tokens of its own a model puts in front of every input (CPM-Ant)."""
     return int(getattr(stack, "prompt_length", 0))
+
+
+def needs_token_ids(stack: nn.Module) -> bool:
+    """Whether layers of a model need the ids of tokens beside their input embeddings.
+
+    Gemma 3n and Gemma 4 look tokens up again for every layer; DeepSeek V4 chooses experts by the ids.
+    """
+    if getattr(text_config(stack), "hidden_size_per_layer_input", 0):
+        return True
+    return any({"hidden_states", "input_ids"} <= set(forward_parameters(module)) for module in stack.modules())
 
 
 def new_tokens(module: nn.Module, hidden_states: Tensor) -> Tensor:

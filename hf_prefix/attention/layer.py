@@ -118,7 +118,7 @@ class PrefixLayer(PrefixTunerLayer):
         drops_out = self.training and any(encoder.dropout > 0 for encoder in encoders)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or drops_out:
             return _concatenated(encoders).to(like)
-        state = (like.dtype, like.device, [_version(p) for encoder in encoders for p in encoder.sources()])
+        state = (like.dtype, like.device, [encoder.version() for encoder in encoders])
         if self._ready is None or self._ready[0] != state:
             self._ready = (state, _concatenated(encoders).to(like))
         return self._ready[1]
@@ -235,8 +235,3 @@ class PrefixLayer(PrefixTunerLayer):
 
 def _concatenated(encoders: list[PrefixEncoder]) -> KeyValuePrefix:
     return KeyValuePrefix.concatenate([encoder() for encoder in encoders])
-
-
-def _version(parameter: Tensor) -> tuple[int, int]:
-    """Identify the present contents of a parameter: in-place changes count up, replaced storage moves."""
-    return (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)

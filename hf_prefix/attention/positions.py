@@ -68,7 +68,7 @@ def shift_positions(stack: nn.Module, module: nn.Module, arguments: dict[str, An
     if module is not stack:
         _shift_table_input(stack, arguments, offset)
         return
-    past = _cached_length(arguments)
+    past = cached_length(arguments)
     given = arguments.get(POSITIONS_ARGUMENT)
     positions = _default_positions(arguments, past) if given is None else given
     _check_room(stack, positions.shape[-1], past, offset, given)
@@ -95,7 +95,7 @@ def shift_returned_positions(
     Raises:
         UnsupportedCallError: The table has not enough positions.
     """
-    past, length = _cached_length(arguments), int(arguments[_SHAPE][1])
+    past, length = cached_length(arguments), int(arguments[_SHAPE][1])
     # The first token stands behind padding_idx, and the predicting streams stand one ahead.
     _check_room(stack, (table.padding_idx or 0) + length + 2, past, offset)
     positions = output[1] + offset
@@ -121,7 +121,7 @@ def fill_positions(arguments: dict[str, Any]) -> None:
         arguments: The forward arguments of the model, by name.
     """
     if arguments.get(POSITIONS_ARGUMENT) is None and isinstance(arguments.get("attention_mask"), Tensor):
-        arguments[POSITIONS_ARGUMENT] = _default_positions(arguments, _cached_length(arguments))
+        arguments[POSITIONS_ARGUMENT] = _default_positions(arguments, cached_length(arguments))
 
 
 def _shift_table_input(stack: nn.Module, arguments: dict[str, Any], offset: int) -> None:
@@ -138,7 +138,8 @@ def _shift_table_input(stack: nn.Module, arguments: dict[str, Any], offset: int)
     arguments[PAST_LENGTH_ARGUMENT] = past + offset
 
 
-def _cached_length(arguments: dict[str, Any]) -> int | Tensor:
+def cached_length(arguments: dict[str, Any]) -> int | Tensor:
+    """Return the number of earlier tokens that a model is given in a cache; a tensor for a static one."""
     name = first_present(CACHE_ARGUMENTS, arguments)
     cache = arguments[name] if name is not None else None
     past: int | Tensor = 0 if cache is None or name == _ALL_TOKENS_CACHE else cache.get_seq_length()

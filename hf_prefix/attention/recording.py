@@ -26,6 +26,7 @@ from hf_prefix.attention.sites import (
     text_config,
     tokens_per_place,
 )
+from hf_prefix.prefix.key_value import KeyValuePrefix
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,10 @@ class RecordedCall:
         if self.shares_key_and_value:
             return self.key[..., :0]
         return torch.cat([states.value for states in self.stored.values()], dim=1)
+
+    def prefix(self, skipped: int) -> KeyValuePrefix:
+        """Return the keys and values of the first row, without those of `skipped` tokens in front."""
+        return KeyValuePrefix(self.key[0, :, skipped:], self.value[0, :, skipped:])
 
     @property
     def shares_key_and_value(self) -> bool:
@@ -142,14 +147,7 @@ def record_states(
     Returns:
         What each of the modules that ran did, in the order in which they ran.
     """
-    recorder = _Recorder()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_evaluating(model))
-        stack.enter_context(_keeping_attention_type(model))
-        for module in modules:
-            # First, so that what is recorded is what the module really computes, before any prefix.
-            stack.enter_context(_removing(recorder.watch(module)))
+    with torch.no_grad(), recording(model, modules) as calls:
         more = more_inputs(model, token_ids.shape[1])
         asked = model if more else text_model(model)
         inputs = _text_inputs(model, token_ids) | more
@@ -157,7 +155,25 @@ def record_states(
             # With a cache, since some modules work only on the real thing.
             inputs["use_cache"] = True
         run(asked, inputs)
-    return recorder.calls
+    return calls
+
+
+@contextmanager
+def recording(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, RecordedCall]]:
+    """Note what modules do in the forward pass that the caller runs meanwhile, in evaluation mode.
+
+    Args:
+        model: The model, or the part of it that is run.
+        modules: The modules to look at.
+    """
+    recorder = _Recorder()
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(_keeping_attention_type(model))
+        for module in modules:
+            # First, so that what is recorded is what the module really computes, before any prefix.
+            stack.enter_context(_removing(recorder.watch(module)))
+        yield recorder.calls
 
 
 def _text_inputs(model: PreTrainedModel, token_ids: Tensor) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What the attention modules of one role share: the MLP's trunk and the positions of real tokens."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -9,6 +10,7 @@ from hf_prefix.attention.compression import CompressedPositions
 from hf_prefix.attention.packing import check_packing
 from hf_prefix.attention.placement import device_of
 from hf_prefix.attention.positions import (
+    cached_length,
     counts_columns,
     fill_positions,
     positions_module,
@@ -19,7 +21,7 @@ from hf_prefix.attention.positions import (
 from hf_prefix.attention.sites import POSITIONS_ARGUMENT, named_arguments
 from hf_prefix.attention.tuner_layer import Arguments, HookResult, PrefixTunerLayer, StackCall
 from hf_prefix.config import Role
-from hf_prefix.prefix.encoders import PrefixTrunk
+from hf_prefix.prefix.encoders import SharedPart
 
 
 class PrefixStack(PrefixTunerLayer):
@@ -48,12 +50,12 @@ class PrefixStack(PrefixTunerLayer):
         self.call = StackCall()
         self.add_hook(stack.register_forward_pre_hook(self.begin_forward, with_kwargs=True))
 
-    def update_layer(self, adapter_name: str, trunk: PrefixTrunk | None, offset: int, scroll: bool) -> None:
+    def update_layer(self, adapter_name: str, trunk: SharedPart | None, offset: int, scroll: bool) -> None:
         """Add a prefix.
 
         Args:
             adapter_name: Its name.
-            trunk: The shared part of its MLP; None without projection.
+            trunk: The part of it that the attention modules share; None where they share none.
             offset: By how much it moves the positions of real tokens.
             scroll: Whether it leaves a sliding window, for which these positions are kept until the next call.
 
@@ -79,24 +81,23 @@ class PrefixStack(PrefixTunerLayer):
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def trunk(self, adapter_name: str) -> PrefixTrunk:
-        """Return the shared part of a prefix's MLP."""
-        return cast(PrefixTrunk, self.hf_prefix_trunk[adapter_name])
+    def trunk(self, adapter_name: str) -> SharedPart | None:
+        """Return the part of a prefix that the attention modules share; None where they share none."""
+        return cast(SharedPart, self.hf_prefix_trunk[adapter_name]) if adapter_name in self.hf_prefix_trunk else None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Also called by PEFT once the weights are in place of those on the meta device.
-        if adapter_name not in self.hf_prefix_trunk:
-            return
         trunk = self.trunk(adapter_name)
-        if not any(parameter.is_meta for parameter in trunk.parameters()):
+        if trunk is not None and not any(parameter.is_meta for parameter in trunk.parameters()):
             trunk.to(device or device_of(self._stack[0]))
 
     def begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
         """Let the trunks be evaluated anew, once, in the forward pass that begins; look for packed rows."""
+        arguments = named_arguments(module, args, kwargs)
         if self.role == "decoder" and self.active_names(self.hf_prefix_offset):
-            check_packing(module, named_arguments(module, args, kwargs), self.call)
-        for adapter_name in self.hf_prefix_trunk:
-            self.trunk(adapter_name).begin_forward()
+            check_packing(module, arguments, self.call)
+        for adapter_name in self.active_names(self.hf_prefix_trunk):
+            cast(SharedPart, self.trunk(adapter_name)).begin_forward(partial(cached_length, arguments))
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> HookResult:
         """Count positions by the padding mask before the model counts columns."""

@@ -1,6 +1,7 @@
 """What PEFT asks of a module that carries a part of a prefix, and what such modules tell each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,3 +77,24 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
+
+
+def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixTunerLayer]]:
+    """Yield name and module of everything of ours in a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, PrefixTunerLayer):
+            yield name, module
+
+
+@contextmanager
+def prefixes_off(model: nn.Module) -> Iterator[None]:
+    """Switch off the prefixes that a model has already, so that the base model is what is looked at."""
+    layers = [layer for _, layer in prefix_layers(model)]
+    states = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, states, strict=True):
+            layer._disable_adapters = state

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_prefix.cli.console import one_line, stdout_console
 from hf_prefix.cli.loading import read_prefix_config
 from hf_prefix.cli.run_files import read_training_record
+from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError
 from hf_prefix.sharing.checkpoint import SAVED_KEY, SAVED_PREFIX
 
@@ -36,7 +37,7 @@ def inspect(prefix: Annotated[Path, typer.Argument(help="Folder of a trained pre
         "task": config.task_type,
         "virtual tokens": config.num_virtual_tokens,
         "frozen tokens": config.num_frozen_tokens or None,
-        "projection": f"hidden width {config.hidden_size}" if config.prefix_projection else "none (keys and values)",
+        "projection": _projection(config),
         "started from": config.prefix_init,
         "parameters": f"{numbers:,}",
         "bytes": f"{size:,}",
@@ -45,6 +46,12 @@ def inspect(prefix: Annotated[Path, typer.Argument(help="Folder of a trained pre
         if value is not None:
             typer.echo(f"{name + ':':<16}{value}")
     stdout_console.print(_tensor_table(weights))
+
+
+def _projection(config: PrefixConfig) -> str:
+    if config.prefix_projection:
+        return f"hidden width {config.hidden_size}"
+    return "none (input embeddings)" if config.embedding_only else "none (keys and values)"
 
 
 def _read_weights(prefix: Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -109,6 +109,10 @@ class PrefixEncoder(nn.Module, ABC):
             self.frozen_value.copy_(value[:, :count])
         return key[:, count:], value[:, count:]
 
+    def version(self) -> list[object]:
+        """Identify what the keys and values are at present: equal as long as they stay the same."""
+        return [version_of(parameter) for parameter in self.sources()]
+
     def forward(self) -> KeyValuePrefix:
         """Return the keys and values of all virtual tokens.
 
@@ -116,7 +120,7 @@ class PrefixEncoder(nn.Module, ABC):
             PrefixNotLoadedError: The prefix was attached from a saved configuration and never got its weights.
         """
         if self.awaiting_weights:
-            _check_loaded(self)
+            check_loaded(self)
             self.awaiting_weights = False
         prefix = self.compute()
         if self.training and self.dropout > 0:
@@ -145,7 +149,7 @@ class DirectPrefix(PrefixEncoder):
         else:
             self.register_parameter("value", None)
         if awaiting_weights:
-            _overwrite_with_nan(self)
+            overwrite_with_nan(self)
 
     def compute(self) -> KeyValuePrefix:
         """Return the parameters."""
@@ -168,7 +172,19 @@ class DirectPrefix(PrefixEncoder):
         return [self.key] if self.value is None else [self.key, self.value]
 
 
-class PrefixTrunk(nn.Module):
+class SharedPart(nn.Module, ABC):
+    """The part of a prefix that belongs to no single attention module: what all those of a role share."""
+
+    @abstractmethod
+    def begin_forward(self, past_length: Callable[[], int | Tensor]) -> None:
+        """Prepare for the forward pass of the model that begins.
+
+        Args:
+            past_length: Gives the number of earlier tokens that the pass continues, which are in a cache.
+        """
+
+
+class PrefixTrunk(SharedPart):
     """The part of the paper's MLP that all attention modules of a role share: H = tanh(E W^T + b).
 
     Args:
@@ -186,12 +202,12 @@ class PrefixTrunk(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.awaiting_weights = awaiting_weights
         if awaiting_weights:
-            _overwrite_with_nan(self)
+            overwrite_with_nan(self)
         self._hidden: Tensor | None = None
         self._evaluated_by: int | None = None
 
-    def begin_forward(self) -> None:
-        """Forget the result of the last forward pass."""
+    def begin_forward(self, past_length: Callable[[], int | Tensor]) -> None:
+        """Forget the result of the last forward pass, whether or not this one continues it."""
         self._hidden, self._evaluated_by = None, None
 
     def hidden(self, caller: int) -> Tensor:
@@ -220,7 +236,7 @@ class PrefixTrunk(nn.Module):
             PrefixNotLoadedError: The prefix was attached from a saved configuration and never got its weights.
         """
         if self.awaiting_weights:
-            _check_loaded(self)
+            check_loaded(self)
             self.awaiting_weights = False
         with torch.autocast(self.weight.device.type, enabled=False):
             return torch.tanh(nn.functional.linear(self.embedding, self.weight, self.bias))
@@ -247,7 +263,7 @@ class ProjectedPrefix(PrefixEncoder):
         linear = nn.Linear(trunk.weight.shape[0], shape.heads * (shape.key_size + shape.value_size))
         self.weight, self.bias = linear.weight, linear.bias
         if awaiting_weights:
-            _overwrite_with_nan(self)
+            overwrite_with_nan(self)
         # In a tuple, so that the trunk is no child: its parameters would be saved once per module.
         self._trunk = (trunk,)
 
@@ -310,7 +326,17 @@ def _frozen(shape: PrefixShape, size: int) -> Tensor | None:
     return torch.randn(shape.heads, shape.num_frozen_tokens, size)
 
 
-def _check_loaded(module: nn.Module) -> None:
+def version_of(parameter: Tensor) -> tuple[int, int]:
+    """Identify the present contents of a parameter: in-place changes count up, replaced storage moves."""
+    return (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
+
+
+def check_loaded(module: nn.Module) -> None:
+    """Check that a module's tensors hold numbers.
+
+    Raises:
+        PrefixNotLoadedError: They do not, because no file has replaced what they were created with.
+    """
     # Each module looks at its own tensors only, and in its forward: elsewhere they may be offloaded.
     if any(tensor.is_meta or not bool(tensor.isfinite().all()) for tensor in _tensors(module)):
         raise PrefixNotLoadedError(
@@ -321,7 +347,8 @@ def _check_loaded(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _overwrite_with_nan(module: nn.Module) -> None:
+def overwrite_with_nan(module: nn.Module) -> None:
+    """Fill tensors that a file will replace, so that `check_loaded` can tell whether it did."""
     for tensor in _tensors(module):
         tensor.fill_(float("nan"))
 

@@ -34,8 +34,8 @@ def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
     names = [name.removesuffix(SAVED_KEY) for name in weights if name.endswith(SAVED_KEY)]
     if not names:
         raise PrefixError(
-            f"{folder!r} holds no keys and values of a prefix. If it was saved with its projection, load it, call "
-            "fold_prefix(model) and save it again."
+            f"{folder!r} holds no keys and values of a prefix. If it was saved with its projection or embeddings, "
+            "load it, call fold_prefix(model) and save it again."
         )
     for name, tensor in weights.items():
         _check_numbers(name, tensor)
