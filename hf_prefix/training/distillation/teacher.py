@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import StoppingCriteriaList
 
+from hf_prefix.attention.tuner_layer import prefixes_off
 from hf_prefix.errors import DataError
-from hf_prefix.model import prefixes_off
 from hf_prefix.training.collator import pad_rows
 from hf_prefix.training.distillation.answers import AnswerSettings, batches_of_equal_length, until_end
 from hf_prefix.training.distillation.context import Context
