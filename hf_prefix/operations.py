@@ -37,11 +37,12 @@ def fold_prefix(model: nn.Module, adapter_name: str = "default") -> None:
         PrefixError: The model has no such prefix.
     """
     layers = _layers_with(model, adapter_name)
-    for trunk in _trunks(model, adapter_name):
-        with torch.no_grad():
+    with torch.no_grad():
+        for trunk in _trunks(model, adapter_name):
+            # Or the slices would be given what the last forward pass found, before the last optimiser step.
             trunk.begin_forward(lambda: 0)
-    for layer in layers:
-        layer.hf_prefix_encoder[adapter_name] = _folded(layer.encoder(adapter_name))
+        for layer in layers:
+            layer.hf_prefix_encoder[adapter_name] = _folded(layer.encoder(adapter_name))
     for _, layer in prefix_layers(model):
         if isinstance(layer, PrefixStack) and adapter_name in layer.hf_prefix_trunk:
             del layer.hf_prefix_trunk[adapter_name]
@@ -158,9 +159,8 @@ def _folded(encoder: PrefixEncoder) -> PrefixEncoder:
     if isinstance(encoder, DirectPrefix):
         return encoder
     direct = DirectPrefix(encoder.shape, encoder.dropout, awaiting_weights=False).train(encoder.training)
-    with torch.no_grad():
-        # Without dropout, and not by its parameters, which may be offloaded until it is called.
-        prefix = encoder.eval()()
+    # Without dropout, and not by its parameters, which may be offloaded until it is called.
+    prefix = encoder.eval()()
     direct.to(prefix.key.device).requires_grad_(encoder.learned()[0].requires_grad)
     direct.initialize(prefix.key, prefix.value)
     return direct

@@ -1,5 +1,6 @@
 """Guarantees 6, 8 and 9: checkpointing does not matter, the base is frozen, every parameter learns; and bfloat16."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from families import Family
+from hf_prefix import fold_prefix
 from hf_prefix.prefix.encoders import PrefixEncoder, PrefixTrunk
 from matrix import (
     PREFIX_LENGTH,
@@ -83,6 +85,40 @@ def test_checkpointing_does_not_matter(
         )
 
 
+# PyTorch's remark on checkpointing where no gradient is wanted.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("off", [True, False], ids=["prefix off", "prefix on"])
+def test_a_pass_without_gradients_before_the_backward_pass_changes_no_gradient(
+    family: Family, use_reentrant: bool, off: bool
+) -> None:
+    # As DPO does: the reference model's probabilities are asked for between the two passes.
+    model = in_training(attach(family, prefix_projection=True))
+    _, gradients = loss_and_gradients(model, family)
+    checkpoint_activations(model.get_base_model(), {"use_reentrant": use_reentrant})
+    model.zero_grad()
+    loss = model(**training_arguments(family)).loss
+    with torch.no_grad(), model.disable_adapter() if off else contextlib.nullcontext():
+        model(**training_arguments(family))
+    loss.backward()
+    for name, parameter in trainable(model).items():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_two_forward_passes_before_one_backward_pass_give_twice_the_gradient(
+    family: Family, use_reentrant: bool
+) -> None:
+    model = in_training(attach(family, prefix_projection=True))
+    _, gradients = loss_and_gradients(model, family)
+    checkpoint_activations(model.get_base_model(), {"use_reentrant": use_reentrant})
+    model.zero_grad()
+    losses = [model(**training_arguments(family)).loss for _ in range(2)]
+    sum(losses).backward()
+    for name, parameter in trainable(model).items():
+        torch.testing.assert_close(parameter.grad, 2 * gradients[name], atol=2 * TOLERANCE, rtol=0)
+
+
 def count_layer_runs(model: nn.Module) -> dict[str, int]:
     """Count how often each attention module runs: twice under checkpointing, or nothing was checkpointed."""
     runs: dict[str, int] = {}
@@ -143,6 +179,23 @@ def test_what_is_kept_between_calls_follows_the_parameters(family: Family, proje
     assert (changed - before).abs().max() > 0.01
     with torch.enable_grad():
         torch.testing.assert_close(model(**arguments).logits, changed, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_step_that_no_forward_pass_has_seen_is_folded(family: Family) -> None:
+    model = attach(family, prefix_projection=True)
+    with torch.enable_grad():
+        loss_and_gradients(model, family)
+    for parameter in trainable(model).values():
+        parameter.mul_(1.5)
+    fold_prefix(model)
+    folded = model(**forward_arguments(family, pad(rows_of_words([9]), "left"))).logits
+    again = attach(family, prefix_projection=True)
+    for parameter in trainable(again).values():
+        parameter.mul_(1.5)
+    torch.testing.assert_close(
+        folded, again(**forward_arguments(family, pad(rows_of_words([9]), "left"))).logits, atol=1e-5, rtol=0
+    )
 
 
 # --- The base is frozen, every parameter learns --------------------------------------------------------------

@@ -62,6 +62,7 @@ class PrefixLayer(PrefixTunerLayer):
         # In tuples, so that modules of the base model do not become children.
         self._site_module = (site.module,)
         self._stack = (site.stack,)
+        self._call = call
         self._ready: tuple[object, KeyValuePrefix] | None = None
         self._order: Tensor | None = None
         self._visibility = Visibility(site, call, self._scrolls)
@@ -112,11 +113,13 @@ class PrefixLayer(PrefixTunerLayer):
         """Return the active prefixes, one after the other, in the dtype and on the device of `like`.
 
         Without gradients the result is prepared once and kept until a parameter changes, so that decoding does
-        not evaluate the MLP, nor cast anything, at each step.
+        not evaluate the MLP, nor cast anything, at each step. The first run of reentrant checkpointing is no such
+        case: it asks the shared trunk as its second run will.
         """
         encoders = self._active_encoders()
         drops_out = self.training and any(encoder.dropout > 0 for encoder in encoders)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or drops_out:
+        learning = self._call.with_gradients or torch.is_grad_enabled()
+        if learning or torch.compiler.is_compiling() or drops_out:
             return _concatenated(encoders).to(like)
         state = (like.dtype, like.device, [encoder.version() for encoder in encoders])
         if self._ready is None or self._ready[0] != state:

@@ -96,6 +96,7 @@ class PrefixStack(PrefixTunerLayer):
         arguments = named_arguments(module, args, kwargs)
         if self.role == "decoder" and self.active_names(self.hf_prefix_offset):
             check_packing(module, arguments, self.call)
+        self.call.with_gradients = torch.is_grad_enabled()
         for adapter_name in self.active_names(self.hf_prefix_trunk):
             cast(SharedPart, self.trunk(adapter_name)).begin_forward(partial(cached_length, arguments))
 

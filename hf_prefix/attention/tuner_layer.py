@@ -24,10 +24,12 @@ class StackCall:
     Args:
         positions: Positions of the tokens, prefix included [batch or 1, query], where a prefix scrolls.
         boundary: Row and place of a boundary between packed sequences, until an attention module has looked at it.
+        with_gradients: Whether it began with gradients; reentrant checkpointing switches them off further inside.
     """
 
     positions: Tensor | None = None
     boundary: tuple[int, int] | None = None
+    with_gradients: bool = False
 
 
 class PrefixTunerLayer(nn.Module, BaseTunerLayer):

@@ -203,12 +203,19 @@ class PrefixTrunk(SharedPart):
         self.awaiting_weights = awaiting_weights
         if awaiting_weights:
             overwrite_with_nan(self)
-        self._hidden: Tensor | None = None
-        self._evaluated_by: int | None = None
+        self._began_with_gradients = False
+        # By whether the forward pass began with gradients: H, and who evaluated it.
+        self._results: dict[bool, tuple[Tensor, int]] = {}
 
     def begin_forward(self, past_length: Callable[[], int | Tensor]) -> None:
-        """Forget the result of the last forward pass, whether or not this one continues it."""
-        self._hidden, self._evaluated_by = None, None
+        """Forget the result of the last forward pass that began as this one does, with or without gradients.
+
+        One without gradients may come between a forward pass and its backward pass, which still needs the other
+        result under gradient checkpointing: DPO asks the reference model there. Whether the pass continues an
+        earlier one does not matter.
+        """
+        self._began_with_gradients = torch.is_grad_enabled()
+        self._results.pop(self._began_with_gradients, None)
 
     def hidden(self, caller: int) -> Tensor:
         """Return H [num_learned_tokens, hidden_size], evaluated once per forward pass.
@@ -220,14 +227,18 @@ class PrefixTrunk(SharedPart):
         Args:
             caller: Identifies the attention module that asks.
         """
-        known = self._hidden
-        usable = known is not None and (known.requires_grad or not torch.is_grad_enabled())
-        if usable and self._evaluated_by != caller:
-            return known  # type: ignore[return-value]
-        hidden: Tensor = self()
-        if known is None or self._evaluated_by == caller:
-            self._hidden, self._evaluated_by = hidden, caller
-        return hidden
+        with_gradients = torch.is_grad_enabled()
+        # What runs with gradients belongs to a pass that began so; the first run of reentrant checkpointing, too.
+        forward_pass = with_gradients or self._began_with_gradients
+        if forward_pass not in self._results:
+            self._results[forward_pass] = (self(), caller)
+            return self._results[forward_pass][0]
+        known, evaluated_by = self._results[forward_pass]
+        usable = known.requires_grad or not with_gradients
+        if usable and evaluated_by != caller:
+            return known
+        anew: Tensor = self()
+        return anew
 
     def forward(self) -> Tensor:
         """Return H, in float32 whatever the autocast.
@@ -243,7 +254,7 @@ class PrefixTrunk(SharedPart):
 
     def __getstate__(self) -> dict[str, object]:
         # A copy (copy.deepcopy, pickle) has no use for a result, and one with a gradient history cannot be copied.
-        return self.__dict__ | {"_hidden": None, "_evaluated_by": None}
+        return self.__dict__ | {"_results": {}}
 
 
 class ProjectedPrefix(PrefixEncoder):
