@@ -10,7 +10,7 @@ from tiny_model import save_with_tokenizer, tiny_llama
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 README = EXAMPLES.parent / "README.md"
-TESTED_HERE = {"capabilities.py", "compare_with_peft.py"}
+TESTED_HERE = {"capabilities.py", "compare_with_peft.py", "compare_initialization.py"}
 TESTED_ELSEWHERE = {"build_demo_data.py": "tests/test_demo.py"}
 
 
@@ -52,3 +52,27 @@ def test_the_comparison_with_peft_keeps_what_is_done_and_renders_it(tmp_path: Pa
     again = results.read_text(encoding="utf-8").splitlines()
     assert again[:-1] == lines[:-1]
     assert json.loads(again[-1])["loss"] == rows[-1]["loss"]
+
+
+def test_the_comparison_of_starts_keeps_what_is_done_and_renders_it(tmp_path: Path) -> None:
+    model = save_with_tokenizer(tiny_llama(), tmp_path / "model")
+    results = tmp_path / "results.jsonl"
+    options = ["--tiny", str(model), "--output", str(results), "--seeds", "0", "1", "--steps", "2", "--limit", "4"]
+    page = run("compare_initialization.py", *options)
+    lines = results.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    # Two learning rates to choose from with seed 0, then one with seed 1.
+    starts = ["direct", "projection, least squares", "projection, mse"]
+    assert [row["start"] for row in rows] == [*(start for start in starts for _ in range(2)), *starts]
+    before = [row["loss_before"] for row in rows if row["seed"] == 0]
+    assert before[:4] == [before[0]] * 4
+    assert {row["parameters"] for row in rows[:2]} == {2 * 2 * 10 * 2 * 8}
+    chosen = [min(rows[i : i + 2], key=lambda row: row["loss_after"])["learning_rate"] for i in (0, 2, 4)]
+    assert [row["learning_rate"] for row in rows[6:]] == chosen
+    assert [line.split(" | ")[0] for line in page.splitlines() if " ± " in line][1:] == [f"| {s}" for s in starts]
+    # A run that was cut off is done again, and no other.
+    results.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    assert run("compare_initialization.py", *options).splitlines()[:4] == page.splitlines()[:4]
+    again = results.read_text(encoding="utf-8").splitlines()
+    assert again[:-1] == lines[:-1]
+    assert json.loads(again[-1])["loss_after"] == rows[-1]["loss_after"]
