@@ -37,7 +37,8 @@ class PrefixConfig(PeftConfig):
         embedding_only: Learn input embeddings of the virtual tokens only (§7.2, "embedding-only"): the keys and values
             of every layer are what the frozen model computes of them. Decoder-only models. Needs non-reentrant
             gradient checkpointing, if any. `prefix_init` then gives embeddings.
-        prefix_dropout: Dropout probability on the final keys and values, in training only (0.0 in the paper).
+        prefix_dropout: Dropout probability on the final keys and values, in training only (0.0 in the paper). Frozen
+            tokens are spared.
         prefix_init: Where the prefix starts. "real_tokens": activations of random tokens of the vocabulary (the
             paper's §7.4 finds real words far ahead of random numbers); "text": activations of
             `prefix_init_text`; "token_ids": of `prefix_init_token_ids`; "prefix": a saved prefix

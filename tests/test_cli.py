@@ -400,6 +400,15 @@ def test_inspect_tells_that_embeddings_are_what_is_learned(gpt2: Path, tmp_path:
     assert "parameters: 96 " in flat
 
 
+def test_inspect_counts_frozen_tokens_as_stored_and_not_as_learned(gpt2: Path, tmp_path: Path):
+    config = PrefixConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_frozen_tokens=1)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), config).save_pretrained(tmp_path)
+    flat = " ".join(run("inspect", tmp_path).stdout.split())
+    assert "virtual tokens: 3 frozen tokens: 1" in flat
+    assert "parameters: 256 bytes: 1,536" in flat
+    assert "2 │ transformer.h.*.attn: frozen_key │ [4, 1, 8]" in flat
+
+
 # Mistakes
 
 

@@ -17,7 +17,7 @@ from hf_prefix.cli.loading import read_prefix_config
 from hf_prefix.cli.run_files import read_training_record
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError
-from hf_prefix.sharing.checkpoint import SAVED_KEY, SAVED_PREFIX
+from hf_prefix.sharing.checkpoint import SAVED_FROZEN, SAVED_KEY, SAVED_PREFIX
 
 EXAMPLES = """Example:
 
@@ -29,7 +29,7 @@ def inspect(prefix: Annotated[Path, typer.Argument(help="Folder of a trained pre
     config = read_prefix_config(prefix)
     record = read_training_record(prefix)
     weights = _read_weights(prefix)
-    numbers = sum(tensor.numel() for tensor in weights.values())
+    numbers = sum(tensor.numel() for name, tensor in weights.items() if not name.endswith(SAVED_FROZEN))
     size = sum(tensor.nbytes for tensor in weights.values())
     facts = {
         "base model": record.model or config.base_model_name_or_path,

@@ -16,6 +16,8 @@ SAVED_KEY = ".hf_prefix.hf_prefix_encoder.key"
 SAVED_VALUE = ".hf_prefix.hf_prefix_encoder.value"
 SAVED_FROZEN_KEY = ".hf_prefix.hf_prefix_encoder.frozen_key"
 SAVED_FROZEN_VALUE = ".hf_prefix.hf_prefix_encoder.frozen_value"
+SAVED_FROZEN = (SAVED_FROZEN_KEY, SAVED_FROZEN_VALUE)
+"""Those of frozen tokens, which are saved but are no parameters."""
 
 
 def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
@@ -44,8 +46,11 @@ def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
 
 def _key_values(weights: Mapping[str, Tensor], name: str) -> KeyValuePrefix:
     """Return what is saved for an attention module; without values, its keys serve as such."""
-    saved = [(name + SAVED_FROZEN_KEY, name + SAVED_FROZEN_VALUE), (name + SAVED_KEY, name + SAVED_VALUE)]
-    parts = [(weights[key], weights.get(value)) for key, value in saved if key in weights]
+    parts = [
+        (weights[name + key], weights.get(name + value))
+        for key, value in (SAVED_FROZEN, (SAVED_KEY, SAVED_VALUE))
+        if name + key in weights
+    ]
     return KeyValuePrefix.concatenate(
         [KeyValuePrefix(key, key[..., :0] if value is None else value) for key, value in parts]
     )
