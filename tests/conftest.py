@@ -1,6 +1,8 @@
 """Fixtures that every test shares."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 # Before transformers is imported: no test may ask the Hub, except those of the Hub itself.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,3 +40,11 @@ def backend(request: pytest.FixtureRequest) -> str:
 def projection(request: pytest.FixtureRequest) -> bool:
     """Both ways to parameterise a prefix."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def quick_garbage_collection() -> Iterator[None]:
+    """Keep what is imported out of the several full collections of each training run, which take most of its time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

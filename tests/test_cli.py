@@ -1,13 +1,8 @@
 """The command line from end to end on tiny models: results, files, and one readable line for every mistake."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,9 +11,10 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 import hf_prefix
+from command_line import ROWS, error_of, process, run, train_on, usage_error_of, write_rows
 from hf_prefix import PrefixConfig
 from hf_prefix.cli import loading, precision
 from hf_prefix.cli.app import app
@@ -27,12 +23,8 @@ from hf_prefix.cli.training_run import INTERRUPTED
 from hf_prefix.tasks import Record
 from tiny_model import save_with_tokenizer, tiny_bart, tiny_gpt2, tiny_llama
 
-ROWS = [
-    {"source": "name : Aromi | food : Italian", "target": "Aromi serves Italian food."},
-    {"source": "name : Bolo | food : soup", "target": "Bolo serves soup."},
-    {"source": "name : Cino | food : tea", "target": "Cino serves tea."},
-    {"source": "name : Dano | food : fish", "target": "Dano serves fish."},
-]
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
+
 COMMANDS = ["quickstart", "train", "generate", "evaluate", "inspect"]
 
 
@@ -45,9 +37,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four pairs of texts."""
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -64,30 +54,6 @@ def far_trained(gpt2: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("far") / "prefix"
     assert train_on(gpt2, data, folder, "--learning-rate", 5, "--max-steps", 10).exit_code == 0
     return folder
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def train_on(model: Path, data: Path, output: Path, *more: object) -> Result:
-    quick = ["--max-steps", 3, "--batch-size", 2, "--num-virtual-tokens", 3, "--dtype", "float32"]
-    return run("train", "--model", model, "--data", data, "--output", output, *quick, *more)
-
-
-def error_of(result: Result, code: int = 1) -> str:
-    """Return the message of a command that failed as it should: one line, no traceback."""
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1, result.stderr
-    return errors[0]
-
-
-def usage_error_of(result: Result) -> str:
-    """Return the message about a wrong use of options, without its frame."""
-    assert result.exit_code == 2, result.output
-    return " ".join(result.stderr.replace("│", " ").split())
 
 
 # Help
@@ -116,6 +82,7 @@ def test_train_writes_a_folder_that_peft_loads(trained: Path, gpt2: Path):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "curve.png",
         "metrics.json",
         "training.json",
     }
@@ -125,32 +92,10 @@ def test_train_writes_a_folder_that_peft_loads(trained: Path, gpt2: Path):
     assert model.peft_config["default"].num_virtual_tokens == 3
 
 
-def test_train_records_what_was_asked_and_what_came_out(trained: Path, gpt2: Path):
-    training = json.loads((trained / "training.json").read_text())
-    assert training["model"] == str(gpt2)
-    assert training["stop_string"] == "\n"
-    assert training["arguments"]["max_steps"] == 3
-    assert "output" not in training["arguments"]
-    assert training["versions"]["torch"] == torch.__version__
-    metrics = json.loads((trained / "metrics.json").read_text())
-    assert (metrics["steps"], metrics["pairs"], metrics["seed"]) == (3, 4, 0)
-    assert (len(metrics["losses"]), metrics["interrupted"]) == (3, False)
-    assert metrics["seconds"] > 0
-
-
-def test_the_same_seed_trains_the_same_prefix(trained: Path, gpt2: Path, data: Path, tmp_path: Path):
-    weights = load_file(trained / "adapter_model.safetensors")
-    assert train_on(gpt2, data, tmp_path / "same").exit_code == 0
-    assert train_on(gpt2, data, tmp_path / "other", "--seed", 1).exit_code == 0
-    same, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("same", "other"))
-    assert all(torch.equal(same[name], tensor) for name, tensor in weights.items())
-    assert not any(torch.equal(other[name], tensor) for name, tensor in weights.items())
-
-
 def test_a_projection_is_trained_and_dropped(gpt2: Path, data: Path, tmp_path: Path):
     result = train_on(gpt2, data, tmp_path / "prefix", "--projection", "--hidden-size", 8)
     assert result.exit_code == 0, result.output
-    assert "learning rate 0.001" in result.stderr
+    assert "learning rate 0.0001," in result.stderr
     weights = load_file(tmp_path / "prefix" / "adapter_model.safetensors")
     assert {tuple(tensor.shape) for tensor in weights.values()} == {(4, 3, 8)}
 
@@ -544,23 +489,10 @@ def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch: pytest.Monke
 # In a process of its own
 
 
-@contextmanager
-def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """Run a command beside the test, and end it with the test."""
-    command = [sys.executable, "-m", "hf_prefix.cli", *(str(argument) for argument in arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as running:
-        try:
-            yield running
-        finally:
-            running.kill()
-
-
 def test_control_c_leaves_a_prefix_that_loads(gpt2: Path, data: Path, tmp_path: Path):
     prefix = tmp_path / "prefix"
     steps = 4000
-    options = ["--data", data, "--output", prefix, "--max-steps", steps, "--dtype", "float32"]
+    options = ["--data", data, "--output", prefix, "--max-steps", steps, "--dtype", "float32", "--save-steps", steps]
     with process("train", "--model", gpt2, *options) as training:
         seen = ""
         while training.poll() is None and "step 200/4000" not in seen:
@@ -576,4 +508,7 @@ def test_control_c_leaves_a_prefix_that_loads(gpt2: Path, data: Path, tmp_path: 
     with process("generate", "--prefix", prefix, "name : A", "--max-new-tokens", 2) as generation:
         output, errors = generation.communicate(timeout=300)
     assert (generation.returncode, len(output.splitlines())) == (0, 1), errors
-    assert [path.name for path in tmp_path.iterdir()] == ["prefix"]
+    # What --resume goes on from.
+    checkpoints = tmp_path / "prefix.checkpoints"
+    assert [path.name for path in checkpoints.iterdir() if path.is_dir()] == [f"checkpoint-{metrics['steps']}"]
+    assert {path.name for path in tmp_path.iterdir()} == {"prefix", "prefix.checkpoints"}

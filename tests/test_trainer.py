@@ -1,7 +1,5 @@
 """Plain `Trainer` and `Seq2SeqTrainer` train a prefix; an interrupted run ends where an unbroken one does."""
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,7 @@ from families import Family, build, tokens
 ROWS = 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_garbage_collection() -> Iterator[None]:
-    """Keep what is imported out of the several full collections of each training run, which take most of its time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 
 @pytest.fixture(params=[LLAMA, GPT2, BART, T5], ids=lambda family: family.name)

@@ -2,7 +2,7 @@
 
 import sys
 
-_EXTRA = ("typer", "rich", "sacrebleu")
+_EXTRA = ("typer", "rich", "sacrebleu", "matplotlib")
 
 
 def main() -> None:

@@ -100,3 +100,32 @@ def choose_source(
             raise typer.BadParameter("--task-folder needs --split, for example --split test.")
         return FolderSource(task_folder, splits)
     raise typer.BadParameter("give either a data file (--data) or a corpus folder (--task-folder).")
+
+
+def choose_dev_source(
+    dev_data: Path | None, dev_split: str | None, task_folder: Path | None, source_column: str, target_column: str
+) -> RecordSource | None:
+    """Turn the options about dev data into their source.
+
+    Args:
+        dev_data: The file.
+        dev_split: Split of the corpus folder.
+        task_folder: The corpus folder that training reads.
+        source_column: Column of the file with the input.
+        target_column: Column of the file with the output.
+
+    Returns:
+        The source; None where there is no dev data.
+
+    Raises:
+        typer.BadParameter: They name two sources, or a split of no folder.
+    """
+    if dev_data is not None and dev_split is not None:
+        raise typer.BadParameter("give either a dev file (--dev-data) or a dev split (--dev-split).")
+    if dev_data is not None:
+        return FileSource(dev_data, source_column, target_column)
+    if dev_split is None:
+        return None
+    if task_folder is None:
+        raise typer.BadParameter("--dev-split belongs to --task-folder; use --dev-data.")
+    return FolderSource(task_folder, [dev_split])

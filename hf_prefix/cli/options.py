@@ -10,6 +10,8 @@ Initialization = Literal["real_tokens", "text", "zero", "random"]
 
 DATA_PANEL = "Data"
 DECODING_PANEL = "Decoding"
+DEV_PANEL = "Dev data"
+SAVING_PANEL = "Saving"
 
 Model = Annotated[
     str,

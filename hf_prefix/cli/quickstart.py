@@ -16,7 +16,7 @@ from hf_prefix.cli.loading import SMOLLM2, BaseModelName, load_base
 from hf_prefix.cli.precision import choose_compute
 from hf_prefix.cli.run_files import check_output_folder
 from hf_prefix.cli.scoring import ALL, SystemScores, predict_with_prefix, predict_with_prompt, score
-from hf_prefix.cli.training_run import TrainingRun, arguments_of
+from hf_prefix.cli.training_run import Command, TrainingRun
 from hf_prefix.demo import load_demo
 from hf_prefix.tasks import Record, training_pairs
 from hf_prefix.training import DecodingSettings
@@ -55,7 +55,7 @@ def quickstart(
     say(f"BLEU on {len(records)} held-out records before training: {before.bleu[ALL].score:.1f}")
     settings = FitSettings(LEARNING_RATE, BATCH_SIZE, max_steps=steps, seed=seed)
     run = TrainingRun(NewPrefix(seed=seed), Encoding(), settings, compute, output)
-    trained, _ = run.run(base, training_pairs(load_demo("train")), arguments_of(context))
+    trained, _ = run.run(base, training_pairs(load_demo("train")), Command.of(context))
     written = predict_with_prefix(trained, sources, decoding, "After training")
     after = score("after", written, records)
     _print_samples(records, before, after)

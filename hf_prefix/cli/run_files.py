@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,16 @@ from typing import Any
 from peft import PeftModel
 
 from hf_prefix.errors import PrefixError
+from hf_prefix.training.curves import plot_history
 
 TRAINING_FILE = "training.json"
 """What the run was asked for: base model, prompt, arguments, versions."""
 
 METRICS_FILE = "metrics.json"
-"""What came out: losses, steps, time."""
+"""What came out: losses, dev metrics, steps, time; and the command, seed and versions that it came from."""
+
+CURVE_FILE = "curve.png"
+"""The losses and dev metrics as a picture."""
 
 PREFIX_CONFIG_FILE = "adapter_config.json"
 
@@ -88,8 +92,14 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
         raise PrefixError(f"{folder} holds files that are no prefix; choose another folder or pass --overwrite.")
 
 
-def write_prefix_folder(model: PeftModel, folder: Path, training: TrainingRecord, metrics: Mapping[str, Any]) -> None:
-    """Save a prefix with its two JSON files, completely or not at all.
+def write_prefix_folder(
+    model: PeftModel,
+    folder: Path,
+    training: TrainingRecord,
+    metrics: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+) -> None:
+    """Save a prefix with its two JSON files and its curve, completely or not at all.
 
     Everything is written to a folder beside the target first. A new target appears by one rename; in an existing
     one each file is replaced by one rename, and other files stay.
@@ -99,6 +109,7 @@ def write_prefix_folder(model: PeftModel, folder: Path, training: TrainingRecord
         folder: The output folder.
         training: How it was trained.
         metrics: What came out.
+        history: What the trainer logged.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +119,7 @@ def write_prefix_folder(model: PeftModel, folder: Path, training: TrainingRecord
         model.save_pretrained(str(temporary), save_embedding_layers=False)
         _write_json(temporary / TRAINING_FILE, asdict(training))
         _write_json(temporary / METRICS_FILE, metrics)
+        plot_history(history, temporary / CURVE_FILE)
         _move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

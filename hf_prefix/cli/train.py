@@ -1,5 +1,6 @@
 """`hf-prefix train`: learns a prefix from the user's pairs of texts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -7,13 +8,14 @@ import typer
 
 from hf_prefix.cli import options
 from hf_prefix.cli.attaching import DEFAULT_LENGTH, Encoding, NewPrefix
+from hf_prefix.cli.checkpoints import Checkpoints
 from hf_prefix.cli.console import say
-from hf_prefix.cli.data import choose_source
+from hf_prefix.cli.data import RecordSource, choose_dev_source, choose_source
 from hf_prefix.cli.fitting import FitSettings
 from hf_prefix.cli.loading import BaseModelName, load_base
 from hf_prefix.cli.precision import choose_compute
 from hf_prefix.cli.run_files import check_output_folder
-from hf_prefix.cli.training_run import TrainingRun, arguments_of
+from hf_prefix.cli.training_run import Command, DevData, TrainingRun
 from hf_prefix.tasks import training_pairs
 
 EXAMPLES = """Examples:
@@ -22,12 +24,18 @@ hf-prefix train --model smollm2 --data pairs.jsonl --output my-prefix
 
 hf-prefix train --model smollm2 --task-folder webnlg2017 --limit-entries 500 --epochs 5 --output webnlg-prefix
 
-hf-prefix train --model gpt2-medium --data pairs.csv --projection --output my-prefix"""
+hf-prefix train --model gpt2-medium --data pairs.csv --projection --dev-data dev.csv --output my-prefix
+
+hf-prefix train --model smollm2 --data pairs.jsonl --save-steps 100 --output my-prefix
+
+and, if that was interrupted, the same with --resume"""
 
 LEARNING_RATE_DIRECT = 1e-2
-LEARNING_RATE_PROJECTION = 1e-3
+LEARNING_RATE_PROJECTION = 1e-4
+"""Measured on 60 dev entries of WebNLG with one seed: dev loss 1.270; 3e-4: 1.346, 1e-3: 1.454, 3e-3: diverges."""
 
 _DATA, _PREFIX, _FITTING = options.DATA_PANEL, "Prefix", "Optimisation"
+_DEV, _SAVING = options.DEV_PANEL, options.SAVING_PANEL
 
 
 def train(
@@ -84,22 +92,71 @@ def train(
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Number of steps, instead of --epochs.", rich_help_panel=_FITTING)
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs per step.", rich_help_panel=_FITTING)] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs at a time.", rich_help_panel=_FITTING)] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per step.", rich_help_panel=_FITTING)] = 1,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_FITTING),
+    ] = False,
+    warmup_steps: Annotated[
+        int, typer.Option(min=0, help="Steps in which the learning rate rises.", rich_help_panel=_FITTING)
+    ] = 0,
+    max_grad_norm: Annotated[
+        float,
+        typer.Option(min=0, help="Scale longer gradients down to this length; 0: never.", rich_help_panel=_FITTING),
+    ] = 1.0,
     dtype: Annotated[
         options.Precision,
         typer.Option(help="Number format; auto: bfloat16 where the hardware has it.", rich_help_panel=_FITTING),
     ] = "auto",
+    dev_data: Annotated[
+        Path | None, typer.Option(help="File like --data to measure on during training.", rich_help_panel=_DEV)
+    ] = None,
+    dev_split: Annotated[
+        str | None, typer.Option(help="Split of --task-folder to measure on.", rich_help_panel=_DEV)
+    ] = None,
+    dev_limit: Annotated[
+        int | None, typer.Option(min=1, help="Measure on a random sample of so many records.", rich_help_panel=_DEV)
+    ] = None,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure every so many steps (default: once per epoch).", rich_help_panel=_DEV),
+    ] = None,
+    dev_bleu: Annotated[
+        bool, typer.Option("--dev-bleu", help="Generate texts and measure BLEU, too.", rich_help_panel=_DEV)
+    ] = False,
+    save_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Write a checkpoint to OUTPUT.checkpoints every so many steps.", rich_help_panel=_SAVING
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the last checkpoint; give the other options again.", rich_help_panel=_SAVING
+        ),
+    ] = False,
     seed: options.Seed = 0,
-    overwrite: options.Overwrite = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Write into a folder that holds other files, which are kept; delete checkpoints of an earlier run.",
+        ),
+    ] = False,
 ) -> None:
-    """Learn a prefix from pairs of texts and save it as an adapter folder.
+    """Learn a prefix from pairs of texts and save it as an adapter folder, with metrics.json and curve.png.
 
     Ctrl-C ends the training after the running step and saves what was learned.
     """
+    dev_source = choose_dev_source(dev_data, dev_split, task_folder, source_column, target_column)
+    _check_belongings(dev_source, save_steps, (dev_limit, eval_steps, dev_bleu or None), resume)
     check_output_folder(output, overwrite)
     splits = [split or "train"] if task_folder is not None else [split] if split else []
     source = choose_source(data, task_folder, splits, source_column, target_column)
     pairs = training_pairs(source.read(limit_entries, seed))
+    dev = None if dev_source is None else DevData(dev_source.read(dev_limit, seed), eval_steps, dev_bleu)
     compute = choose_compute(dtype)
     base = load_base(BaseModelName(model, gguf_file), compute.weight_dtype)
     if learning_rate is None:
@@ -107,10 +164,32 @@ def train(
     run = TrainingRun(
         NewPrefix(num_virtual_tokens, projection, hidden_size, init, init_text, seed),
         Encoding(prompt_template, max_length, skip_too_long),
-        FitSettings(learning_rate, batch_size, epochs, max_steps, seed),
+        FitSettings(
+            learning_rate,
+            batch_size,
+            epochs,
+            max_steps,
+            seed,
+            warmup_steps,
+            max_grad_norm,
+            gradient_accumulation,
+            gradient_checkpointing,
+        ),
         compute,
         output,
+        dev,
+        None if save_steps is None else Checkpoints(output, save_steps, resume, overwrite),
     )
-    _, result = run.run(base, pairs, arguments_of(context))
+    _, result = run.run(base, pairs, Command.of(context))
     say(f"Saved the prefix to {output} after {result.steps} steps ({result.seconds:.0f} s).")
     say(f'Try it: hf-prefix generate --prefix {output} "your text"')
+
+
+def _check_belongings(
+    dev_source: RecordSource | None, save_steps: int | None, about_dev: Sequence[object], resume: bool
+) -> None:
+    """Refuse options that would have no effect without another one."""
+    if dev_source is None and any(option is not None for option in about_dev):
+        raise typer.BadParameter("--dev-limit, --eval-steps and --dev-bleu need dev data: --dev-data, or --dev-split.")
+    if resume and save_steps is None:
+        raise typer.BadParameter("--resume needs --save-steps, as the run that it goes on with had it.")
