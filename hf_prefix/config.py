@@ -15,6 +15,7 @@ or the decoder's cross-attention."""
 PrefixInit = Literal["real_tokens", "text", "token_ids", "prefix", "zero", "random"]
 ProjectionInit = Literal["least_squares", "mse"]
 SlidingWindow = Literal["pin", "scroll"]
+Placement = Literal["prefix", "infix"]
 
 DEFAULT_HIDDEN_SIZE = 512
 """Hidden width of the projection for table-to-text in the paper (§4.3, footnote; 800 for summarisation)."""
@@ -58,6 +59,11 @@ class PrefixConfig(PeftConfig):
         offset_positions: Whether real tokens come after the prefix, at positions P, P+1, ... None: yes in
             decoder-only models, no in encoder-decoder models (both as in the paper). With relative positions (T5)
             the prefix always comes before the sequence, and False is refused.
+        placement: Where the virtual tokens stand. "prefix": in front of all tokens. "infix": behind the prompt x of
+            each row, [x ; INFIX ; y] (§7.3), so that the tokens of x do not see them. Decoder-only models with eager
+            attention or SDPA, without a cache or with the default one.
+        infix_separator_token_id: The token that ends a prompt, for `placement="infix"`: x reaches to its last
+            occurrence in a row, so y must not contain it.
         target_modules: Restricts the prefix to these attention modules (suffixes or one regular expression);
             None means every attention module of the roles.
         exclude_modules: Attention modules that get no prefix (suffixes or one regular expression).
@@ -90,6 +96,8 @@ class PrefixConfig(PeftConfig):
     tokenizer_name_or_path: str | None = field(default=None)
     sliding_window: SlidingWindow = field(default="pin")
     offset_positions: bool | None = field(default=None)
+    placement: Placement = field(default="prefix")
+    infix_separator_token_id: int | None = field(default=None)
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
@@ -107,6 +115,7 @@ class PrefixConfig(PeftConfig):
         self._check_choices()
         self._check_projection()
         self._check_embedding_only()
+        self._check_placement()
         self._check_initialization()
         self._check_targets()
 
@@ -225,6 +234,26 @@ class PrefixConfig(PeftConfig):
             )
         if self.roles is not None and self.roles != ["decoder"]:
             raise PrefixError(f"embedding_only=True is for decoder-only models, got roles={self.roles!r}.")
+
+    def _check_placement(self) -> None:
+        separator = self.infix_separator_token_id
+        if self.placement not in get_args(Placement):
+            raise PrefixError(f"placement must be one of {list(get_args(Placement))}, got {self.placement!r}.")
+        if self.placement == "prefix":
+            if separator is not None:
+                raise PrefixError(
+                    f"infix_separator_token_id={separator!r} is only used with placement='infix', got 'prefix'."
+                )
+            return
+        if isinstance(separator, bool) or not isinstance(separator, int) or separator < 0:
+            raise PrefixError(
+                f"placement='infix' needs infix_separator_token_id, the token that ends a prompt, got {separator!r}."
+            )
+        if self.sliding_window != "pin" or self.offset_positions is not None:
+            raise PrefixError(
+                "placement='infix' decides positions by itself; leave sliding_window and offset_positions out, got "
+                f"{self.sliding_window!r} and {self.offset_positions!r}."
+            )
 
     def _check_initialization(self) -> None:
         if self.tokenizer_name_or_path is not None and self.prefix_init != "text":

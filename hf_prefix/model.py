@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_prefix.attention.continuous_batching import ContinuousBatchingGuard
 from hf_prefix.attention.discovery import find_sites
 from hf_prefix.attention.embedding_run import EmbeddingRun, check_embeddings_suffice, input_width
+from hf_prefix.attention.infix import check_takes_infix
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.attention.positions import positions_module
 from hf_prefix.attention.sites import AttentionSite, check_can_scroll
@@ -91,18 +92,23 @@ class PrefixModel(BaseTuner):
             self._matcher = _matcher(sites, peft_config)
             self._sites = {site.name: site for site in sites}
             targets = [site for site in sites if self._check_target_module_exists(peft_config, site.name)]
+            self._start = self._embeddings = None
+            _check_layers(self._matcher, sites)
+            if not targets:
+                # PEFT says next which names it has looked for.
+                return
             # Refused before anything of ours hangs in the model.
+            if peft_config.infix_separator_token_id is not None:
+                check_takes_infix(targets, model, peft_config.infix_separator_token_id)
             for site in targets:
                 if _moves_positions(peft_config, site, model):
                     positions_module(site.stack)
                 if peft_config.sliding_window == "scroll":
                     check_can_scroll(site.module)
-            _check_layers(self._matcher, sites)
             _check_modules(peft_config, targets)
             self._find_start(model, targets, peft_config)
 
     def _find_start(self, model: PreTrainedModel, targets: list[AttentionSite], config: PrefixConfig) -> None:
-        self._start = self._embeddings = None
         starter = Starter(model, targets, config)
         if config.embedding_only:
             check_embeddings_suffice(model, targets)
@@ -137,8 +143,10 @@ class PrefixModel(BaseTuner):
         scroll = peft_config.sliding_window == "scroll"
         offset = _length(peft_config) if _moves_positions(peft_config, site, self.model) else 0
         if adapter_name not in stack.hf_prefix_offset:
-            stack.update_layer(adapter_name, self._new_trunk(peft_config, site), offset, scroll)
-        layer.update_layer(adapter_name, _new_encoder(peft_config, site, stack.trunk(adapter_name)), scroll)
+            separator = peft_config.infix_separator_token_id
+            stack.update_layer(adapter_name, self._new_trunk(peft_config, site), offset, scroll, separator)
+        encoder = _new_encoder(peft_config, site, stack.trunk(adapter_name))
+        layer.update_layer(adapter_name, encoder, scroll, infix=peft_config.placement == "infix")
 
     def _initialize(self, adapter_name: str, start: Start) -> None:
         """Let a prefix start, once all attention modules have their part of it."""

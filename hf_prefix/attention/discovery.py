@@ -16,6 +16,7 @@ from hf_prefix.attention.inner import inner_attention
 from hf_prefix.attention.recording import RecordedCall, record_states, text_model
 from hf_prefix.attention.sites import (
     CACHE_ARGUMENTS,
+    POSITIONS_ARGUMENT,
     STACK_INPUT_ARGUMENTS,
     AttentionSite,
     bias_owner,
@@ -123,6 +124,7 @@ def _sites(model: PreTrainedModel, calls: dict[nn.Module, RecordedCall]) -> list
             hides_with_true=hides_with_true(module, call.arguments),
             counts_keys=_counts_keys(module),
             one_decoder=len(decoders) <= 1,
+            told_positions=call.arguments.get(POSITIONS_ARGUMENT) is not None,
         )
         for module, call in storing.items()
     ]

@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_prefix.attention.cache import CacheView, PrefixedCache, replace_cache
 from hf_prefix.attention.exceptions import PREDICT_MASK_ARGUMENT, merge_padding, new_tokens, widen_buckets
+from hf_prefix.attention.infix import carry_origin
 from hf_prefix.attention.inner import InnerAttention, inner_attention
 from hf_prefix.attention.key_order import OrderedView, key_order, reordered
 from hf_prefix.attention.masks import Extent
@@ -45,12 +46,13 @@ class PrefixLayer(PrefixTunerLayer):
     """
 
     adapter_layer_names = ("hf_prefix_encoder",)
-    other_param_names = ("hf_prefix_scrolls",)
+    other_param_names = ("hf_prefix_scrolls", "hf_prefix_infix")
 
     def __init__(self, site: AttentionSite, call: StackCall) -> None:
         super().__init__()
         self.hf_prefix_encoder = nn.ModuleDict()
         self.hf_prefix_scrolls: dict[str, bool] = {}
+        self.hf_prefix_infix: dict[str, bool] = {}
         names = forward_parameters(site.module)
         self._cross_attention = site.role == "cross"
         self._cache_argument = str(first_present(CACHE_ARGUMENTS, names))
@@ -65,7 +67,8 @@ class PrefixLayer(PrefixTunerLayer):
         self._call = call
         self._ready: tuple[object, KeyValuePrefix] | None = None
         self._order: Tensor | None = None
-        self._visibility = Visibility(site, call, self._scrolls)
+        self._call = call
+        self._visibility = Visibility(site, call, self._scrolls, self._is_infix)
         self._bias = PositionBias(site, self._length)
         self._shared_keys = SharedKeys(site, self._visibility, self._length, self._learns)
         self._inner = inner_attention(site.module)
@@ -77,16 +80,18 @@ class PrefixLayer(PrefixTunerLayer):
             for handle in part.hook(site.module):
                 self.add_hook(handle)
 
-    def update_layer(self, adapter_name: str, encoder: PrefixEncoder, scroll: bool) -> None:
+    def update_layer(self, adapter_name: str, encoder: PrefixEncoder, scroll: bool, infix: bool) -> None:
         """Add a prefix.
 
         Args:
             adapter_name: Its name.
             encoder: Its parameters.
             scroll: Whether it leaves a sliding window as a prompt would.
+            infix: Whether it stands behind prompts instead of in front of all tokens.
         """
         self.hf_prefix_encoder[adapter_name] = encoder
         self.hf_prefix_scrolls[adapter_name] = scroll
+        self.hf_prefix_infix[adapter_name] = infix
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -142,6 +147,8 @@ class PrefixLayer(PrefixTunerLayer):
         extent = Extent.of(hidden_states, cache, place_in_cache(module, arguments))
         if PADDING_ARGUMENT in arguments:
             merge_padding(arguments, self._mask_argument)
+        if self._is_infix():
+            carry_origin(cache, self._call.origin)
         self._shared_keys.begin(extent)
         self._bias.widen(arguments, prefix_length, extent)
         arguments[self._mask_argument] = self._visibility.mask(module, arguments, prefix_length, extent)
@@ -196,6 +203,10 @@ class PrefixLayer(PrefixTunerLayer):
             return None
         real = mask[..., prefix_length:]
         return key_order(~real if self._hides_with_true else real, prefix_length)
+
+    def _is_infix(self) -> bool:
+        # The stack sees to it that all active ones agree.
+        return any(self.hf_prefix_infix[name] for name in self.active_names(self.hf_prefix_encoder))
 
     def _scrolls(self) -> bool:
         choices = {self.hf_prefix_scrolls[name] for name in self.active_names(self.hf_prefix_encoder)}

@@ -213,14 +213,26 @@ def scroll_out(mask: Any, positions: Tensor, prefix_length: int, window: int, ex
     """
     if isinstance(mask, BlockMask):
         return scroll_out_blocks(mask, positions, prefix_length, window)
+    places = torch.arange(prefix_length, device=positions.device)
+    inside = positions[:, None, :, None] - places < window
+    return show_prefix_to(inside, mask, prefix_length, extent)
+
+
+def show_prefix_to(visible: Tensor, mask: Tensor | None, prefix_length: int, extent: Extent) -> Tensor:
+    """Return the mask with the prefix hidden from some queries.
+
+    Args:
+        visible: Which queries see which part of the prefix [batch or 1, 1, query, P or 1].
+        mask: [batch or 1, heads or 1, query, P + key] with visible prefix columns; None means all visible.
+        prefix_length: Number of virtual tokens P.
+        extent: The tokens of this call.
+    """
     if mask is None:
         shape = (1, 1, extent.query_length, prefix_length + extent.key_length)
-        mask = torch.ones(shape, dtype=torch.bool, device=positions.device)
-    places = torch.arange(prefix_length, device=mask.device)
-    inside = positions[:, None, :, None].to(mask.device) - places < window
+        mask = torch.ones(shape, dtype=torch.bool, device=visible.device)
     hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
-    mask = mask.expand(max(mask.shape[0], inside.shape[0]), -1, -1, -1)
-    prefix = mask[..., :prefix_length].masked_fill(~inside, hidden)
+    mask = mask.expand(max(mask.shape[0], visible.shape[0]), -1, -1, -1)
+    prefix = mask[..., :prefix_length].masked_fill(~visible.to(mask.device), hidden)
     return torch.cat([prefix, mask[..., prefix_length:]], dim=-1)
 
 

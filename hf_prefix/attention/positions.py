@@ -70,8 +70,8 @@ def shift_positions(stack: nn.Module, module: nn.Module, arguments: dict[str, An
         return
     past = cached_length(arguments)
     given = arguments.get(POSITIONS_ARGUMENT)
-    positions = _default_positions(arguments, past) if given is None else given
-    _check_room(stack, positions.shape[-1], past, offset, given)
+    positions = default_positions(arguments, past) if given is None else given
+    check_room(stack, positions.shape[-1], past, offset, given)
     arguments[POSITIONS_ARGUMENT] = positions + offset
 
 
@@ -97,7 +97,7 @@ def shift_returned_positions(
     """
     past, length = cached_length(arguments), int(arguments[_SHAPE][1])
     # The first token stands behind padding_idx, and the predicting streams stand one ahead.
-    _check_room(stack, (table.padding_idx or 0) + length + 2, past, offset)
+    check_room(stack, (table.padding_idx or 0) + length + 2, past, offset)
     positions = output[1] + offset
     return nn.functional.embedding(positions, table.weight), positions
 
@@ -121,7 +121,7 @@ def fill_positions(arguments: dict[str, Any]) -> None:
         arguments: The forward arguments of the model, by name.
     """
     if arguments.get(POSITIONS_ARGUMENT) is None and isinstance(arguments.get("attention_mask"), Tensor):
-        arguments[POSITIONS_ARGUMENT] = _default_positions(arguments, cached_length(arguments))
+        arguments[POSITIONS_ARGUMENT] = default_positions(arguments, cached_length(arguments))
 
 
 def _shift_table_input(stack: nn.Module, arguments: dict[str, Any], offset: int) -> None:
@@ -129,12 +129,12 @@ def _shift_table_input(stack: nn.Module, arguments: dict[str, Any], offset: int)
     past = arguments.get(PAST_LENGTH_ARGUMENT, 0)
     name = first_present((POSITIONS_ARGUMENT, _TABLE_INPUT), arguments)
     if name is not None and arguments[name] is not None:
-        _check_room(stack, arguments[name].shape[-1], past, offset)
+        check_room(stack, arguments[name].shape[-1], past, offset)
         arguments[name] = arguments[name] + offset
         return
     tokens = next(iter(arguments.values()))
     shape = tokens.shape if isinstance(tokens, Tensor) else tokens
-    _check_room(stack, shape[1], past, offset)
+    check_room(stack, shape[1], past, offset)
     arguments[PAST_LENGTH_ARGUMENT] = past + offset
 
 
@@ -146,7 +146,13 @@ def cached_length(arguments: dict[str, Any]) -> int | Tensor:
     return past
 
 
-def _default_positions(arguments: dict[str, Any], past: int | Tensor) -> Tensor:
+def default_positions(arguments: dict[str, Any], past: int | Tensor) -> Tensor:
+    """Return positions [row, token] that count the tokens of a decoder's call by the padding mask.
+
+    Args:
+        arguments: The forward arguments of the decoder, by name.
+        past: Number of earlier tokens in the cache.
+    """
     tokens = arguments.get("input_ids")
     tokens = arguments["inputs_embeds"] if tokens is None else tokens
     places = torch.arange(tokens.shape[1], device=tokens.device) + past
@@ -158,9 +164,21 @@ def _default_positions(arguments: dict[str, Any], past: int | Tensor) -> Tensor:
     return real.index_select(1, places)
 
 
-def _check_room(
+def check_room(
     stack: nn.Module, length: int, past: int | Tensor, offset: int, positions: Tensor | None = None
 ) -> None:
+    """Check that a model has learned enough positions, if it learns any.
+
+    Args:
+        stack: The decoder.
+        length: Number of new tokens.
+        past: Number of earlier tokens in the cache.
+        offset: Number of virtual tokens.
+        positions: Positions that the caller chose, if any.
+
+    Raises:
+        UnsupportedCallError: It has not.
+    """
     # A static cache counts in a tensor; reading it would stall a GPU, and the cache itself is bounded.
     if position_table(stack) is None or isinstance(past, Tensor):
         return

@@ -106,6 +106,7 @@ class AttentionSite:
         hides_with_true: Whether true in the module's boolean mask means hidden.
         one_decoder: Whether all decoder attention of the model is in one stack, so that positions mean one thing.
         counts_keys: Whether the module counts the distances of tokens in keys by itself (XLNet).
+        told_positions: Whether the module is told the position of each token.
     """
 
     name: str
@@ -125,6 +126,7 @@ class AttentionSite:
     hides_with_true: bool = False
     one_decoder: bool = True
     counts_keys: bool = False
+    told_positions: bool = False
 
     @property
     def has_relative_positions(self) -> bool:
@@ -280,6 +282,12 @@ def position_table(stack: nn.Module) -> nn.Embedding | None:
         if limit <= child.num_embeddings <= limit + 2:
             return child
     return None
+
+
+def rotary_kind(stack: nn.Module) -> str | None:
+    """Return the kind of a stack's rotary positions, for example "default" or "longrope"; None where it has none."""
+    rotary = getattr(stack, "rotary_emb", None)
+    return None if rotary is None else str(getattr(rotary, "rope_type", "default"))
 
 
 def table_counted_from_padding(stack: nn.Module) -> nn.Embedding | None:

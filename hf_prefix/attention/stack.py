@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_prefix.attention.compression import CompressedPositions
+from hf_prefix.attention.infix import place_around_infix
 from hf_prefix.attention.packing import check_packing
 from hf_prefix.attention.placement import device_of
 from hf_prefix.attention.positions import (
@@ -21,6 +22,7 @@ from hf_prefix.attention.positions import (
 from hf_prefix.attention.sites import POSITIONS_ARGUMENT, named_arguments
 from hf_prefix.attention.tuner_layer import Arguments, HookResult, PrefixTunerLayer, StackCall
 from hf_prefix.config import Role
+from hf_prefix.errors import UnsupportedCallError
 from hf_prefix.prefix.encoders import SharedPart
 
 
@@ -37,20 +39,23 @@ class PrefixStack(PrefixTunerLayer):
     """
 
     adapter_layer_names = ("hf_prefix_trunk",)
-    other_param_names = ("hf_prefix_offset",)
+    other_param_names = ("hf_prefix_offset", "hf_prefix_separator")
 
     def __init__(self, role: Role, stack: nn.Module, root: nn.Module) -> None:
         super().__init__()
         self.role = role
         self.hf_prefix_trunk = nn.ModuleDict()
         self.hf_prefix_offset: dict[str, int] = {}
+        self.hf_prefix_separator: dict[str, int | None] = {}
         # In tuples, so that they do not become children.
         self._stack, self._root = (stack,), (root,)
         self._shifts_positions = self._keeps_positions = False
         self.call = StackCall()
         self.add_hook(stack.register_forward_pre_hook(self.begin_forward, with_kwargs=True))
 
-    def update_layer(self, adapter_name: str, trunk: SharedPart | None, offset: int, scroll: bool) -> None:
+    def update_layer(
+        self, adapter_name: str, trunk: SharedPart | None, offset: int, scroll: bool, separator: int | None
+    ) -> None:
         """Add a prefix.
 
         Args:
@@ -58,6 +63,7 @@ class PrefixStack(PrefixTunerLayer):
             trunk: The part of it that the attention modules share; None where they share none.
             offset: By how much it moves the positions of real tokens.
             scroll: Whether it leaves a sliding window, for which these positions are kept until the next call.
+            separator: The token behind which it stands as an infix; None where it stands in front of all tokens.
 
         Raises:
             UnsupportedModelError: Positions shall move, but the model does not let them.
@@ -75,6 +81,7 @@ class PrefixStack(PrefixTunerLayer):
                     self.add_hook(handle)
             self._shifts_positions = True
         self.hf_prefix_offset[adapter_name] = offset
+        self.hf_prefix_separator[adapter_name] = separator
         self._keeps_positions |= scroll
         if trunk is not None:
             self.hf_prefix_trunk[adapter_name] = trunk
@@ -114,7 +121,11 @@ class PrefixStack(PrefixTunerLayer):
         if offset == 0:
             return None
         arguments = named_arguments(module, args, kwargs)
-        shift_positions(self._stack[0], module, arguments, offset)
+        separator = self._separator()
+        if separator is None:
+            shift_positions(self._stack[0], module, arguments, offset)
+        else:
+            self.call.origin = place_around_infix(module, arguments, separator, offset)
         if self._keeps_positions:
             self.call.positions = arguments.get(POSITIONS_ARGUMENT)
         return (), arguments
@@ -128,6 +139,16 @@ class PrefixStack(PrefixTunerLayer):
             return output
         arguments = named_arguments(table, args, kwargs)
         return shift_returned_positions(self._stack[0], table, arguments, output, offset)
+
+    def _separator(self) -> int | None:
+        """Return the token behind which the active prefixes stand, or None where they stand in front of all tokens."""
+        separators = {self.hf_prefix_separator[name] for name in self.active_names(self.hf_prefix_separator)}
+        if len(separators) > 1:
+            raise UnsupportedCallError(
+                f"The active prefixes {self.active_adapters} differ in placement or infix_separator_token_id; "
+                "activate only such as agree."
+            )
+        return next(iter(separators), None)
 
     def _offset(self) -> int:
         return sum(self.hf_prefix_offset[name] for name in self.active_names(self.hf_prefix_offset))

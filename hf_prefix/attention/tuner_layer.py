@@ -25,11 +25,13 @@ class StackCall:
         positions: Positions of the tokens, prefix included [batch or 1, query], where a prefix scrolls.
         boundary: Row and place of a boundary between packed sequences, until an attention module has looked at it.
         with_gradients: Whether it began with gradients; reentrant checkpointing switches them off further inside.
+        origin: How many positions the prompt of each row takes [row, 1], where an infix is active.
     """
 
     positions: Tensor | None = None
     boundary: tuple[int, int] | None = None
     with_gradients: bool = False
+    origin: Tensor | None = None
 
 
 class PrefixTunerLayer(nn.Module, BaseTunerLayer):

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hf_prefix.attention.infix import show_infix
 from hf_prefix.attention.masks import (
     Extent,
     causal_mask,
@@ -39,10 +40,13 @@ class Visibility:
         site: The attention module.
         call: What its stack tells of the present call.
         scrolls: Tells whether the active prefixes leave a sliding window as a prompt would.
+        is_infix: Tells whether they stand behind prompts instead of in front of all tokens.
     """
 
-    def __init__(self, site: AttentionSite, call: StackCall, scrolls: Callable[[], bool]) -> None:
-        self._call, self._scrolls = call, scrolls
+    def __init__(
+        self, site: AttentionSite, call: StackCall, scrolls: Callable[[], bool], is_infix: Callable[[], bool]
+    ) -> None:
+        self._call, self._scrolls, self._is_infix = call, scrolls, is_infix
         self._stack_name = type(site.stack).__name__
         self._argument, self._cross_attention = site.mask_argument, site.role == "cross"
         self._hides_with_true, self._slopes = site.hides_with_true, site.mask_slopes
@@ -96,6 +100,8 @@ class Visibility:
         scrolls = window is not None and self._scrolls()
         check_backend(module, scrolls)
         mask = mask_behind_prefix(mask, module, prefix_length, extent)
+        if self._is_infix():
+            return show_infix(module, mask, arguments[POSITIONS_ARGUMENT], prefix_length, extent)
         if window is None or not scrolls or is_flash(module):
             return mask
         positions = arguments.get(POSITIONS_ARGUMENT)
