@@ -288,6 +288,14 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(gpt2: Path, data: P
     assert all(same_bits(tmp_path / "unbroken", tmp_path / "killed"))
 
 
+def test_a_run_that_diverges_points_to_its_checkpoints(llama: Path, data: Path, tmp_path: Path):
+    result = train_on(llama, data, tmp_path / "p", "--learning-rate", 1e35, "--save-steps", 1)
+    assert "the learning rate is too high" in error_of(result)
+    assert f"Checkpoints from before, if there were any, are in {tmp_path / 'p.checkpoints'}" in result.stderr
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "p.checkpoints" / "checkpoint-1")
+    assert not (tmp_path / "p").exists()
+
+
 @pytest.fixture(scope="module")
 def saved(gpt2: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prefix folder with checkpoints beside it."""

@@ -17,7 +17,7 @@ from hf_prefix.cli.outcome import FitResult
 from hf_prefix.cli.precision import Compute
 from hf_prefix.cli.run_files import TrainingRecord, package_versions, write_prefix_folder
 from hf_prefix.cli.scoring import decoding_settings
-from hf_prefix.errors import DataError
+from hf_prefix.errors import DataError, DivergenceError
 from hf_prefix.metrics import corpus_bleu
 from hf_prefix.tasks import Record, training_pairs
 from hf_prefix.training import EncodedPair, PairEncoder, generate_texts
@@ -126,7 +126,14 @@ class TrainingRun:
             f"{len(encoded)} pairs, learning rate {self.settings.learning_rate:g}, {self.compute.describe()}."
         )
         data = TrainingData(encoded, collator)
-        result = fit_prefix(model, data, self.settings, self.compute, evaluation=evaluation, saving=saving)
+        try:
+            result = fit_prefix(model, data, self.settings, self.compute, evaluation=evaluation, saving=saving)
+        except DivergenceError:
+            if saving is not None:
+                say(
+                    f"Checkpoints from before, if there were any, are in {saving.folder}; each is a prefix that loads."
+                )
+            raise
         about = {"command": command.line, "seed": self.settings.seed, "versions": versions, "pairs": len(encoded)}
         write_prefix_folder(model, self.output, record, result.as_metrics(**about), result.history)
         if result.interrupted:
