@@ -165,6 +165,14 @@ def test_the_teacher_answers_as_the_base_model_does_alone(family: Family):
         assert answer == output[0, 1 if family.is_encoder_decoder else source.shape[1] :].tolist()
 
 
+def test_queries_longer_than_the_context_share_a_batch():
+    model, short = build(BY_NAME["llama"]), Context([7, 8])
+    answers = teacher_of(model, short).answers(QUERIES, NO_STOP)
+    for query, answer in zip(QUERIES, answers, strict=True):
+        assert answer == teacher_of(model, short).answers([query], NO_STOP)[0]
+        assert answer == logits_alone(model, short, query, answer).argmax(dim=-1).tolist()
+
+
 @pytest.mark.parametrize("make", [hybrid, lambda: build(BY_NAME["bart"])], ids=["hybrid", "bart"])
 def test_a_context_that_is_more_than_keys_and_values_is_read_each_time(make: Any):
     model = make()

@@ -10,7 +10,13 @@ from tiny_model import save_with_tokenizer, tiny_llama
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 README = EXAMPLES.parent / "README.md"
-TESTED_HERE = {"capabilities.py", "compare_with_peft.py", "compare_initialization.py"}
+TESTED_HERE = {
+    "capabilities.py",
+    "compare_initialization.py",
+    "compare_with_peft.py",
+    "compress_prompt.py",
+    "distill_webnlg.py",
+}
 TESTED_ELSEWHERE = {"build_demo_data.py": "tests/test_demo.py"}
 
 
@@ -76,3 +82,27 @@ def test_the_comparison_of_starts_keeps_what_is_done_and_renders_it(tmp_path: Pa
     again = results.read_text(encoding="utf-8").splitlines()
     assert again[:-1] == lines[:-1]
     assert json.loads(again[-1])["loss_after"] == rows[-1]["loss_after"]
+
+
+def test_a_prompt_is_compressed(tmp_path: Path) -> None:
+    model = save_with_tokenizer(tiny_llama(), tmp_path / "model")
+    sizes = "--examples 1 --queries 8 --num-virtual-tokens 8 --steps 10 --max-new-tokens 16".split()
+    lines = run("compress_prompt.py", "--model", str(model), *sizes).splitlines()
+    (numbers,) = [line for line in lines if line.startswith("KL ")]
+    before, after = (float(word) for word in numbers.replace(",", "").split() if word[0].isdigit())
+    assert 0 < after < before
+    assert sum(line.startswith("With prefix: ") for line in lines) == 2
+
+
+def test_the_distillation_on_webnlg_writes_numbers_only(tmp_path: Path) -> None:
+    roomy = tiny_llama()
+    roomy.config.max_position_embeddings = 1024
+    model = save_with_tokenizer(roomy, tmp_path / "model")
+    results = tmp_path / "results.json"
+    run("distill_webnlg.py", "--tiny", str(model), "--output", str(results))
+    found = json.loads(results.read_text(encoding="utf-8"))
+    assert found["bleu"].keys() == {"base", "zero_shot", "teacher", "student_before", "student"}
+    assert found["kl"]["student"] < found["kl"]["student_before"]
+    assert found["examples_in_prompt"] == 1
+    assert 200 < found["context_tokens"] <= 400
+    assert found["prefill_tokens_saved_per_query"] - found["cached_tokens_saved_per_row"] == 8

@@ -50,6 +50,17 @@ class AnswerSettings:
         return {"do_sample": drawn, "temperature": self.temperature if drawn else None, "top_p": None, "top_k": None}
 
 
+def batches_by_length(rows: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """Yield the numbers of rows of about equal length, longest first, so that what does not fit fails at once.
+
+    Args:
+        rows: Ids of each row.
+        batch_size: Most rows of a batch.
+    """
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
 def batches_of_equal_length(rows: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
     """Yield the numbers of rows that can share a batch without padding, longest first.
 

@@ -15,8 +15,13 @@ from transformers.generation import StoppingCriteriaList
 
 from hf_prefix.attention.tuner_layer import prefixes_off
 from hf_prefix.errors import DataError
-from hf_prefix.training.collator import pad_rows
-from hf_prefix.training.distillation.answers import AnswerSettings, batches_of_equal_length, until_end
+from hf_prefix.training.collator import Side, pad_rows
+from hf_prefix.training.distillation.answers import (
+    AnswerSettings,
+    batches_by_length,
+    batches_of_equal_length,
+    until_end,
+)
 from hf_prefix.training.distillation.context import Context
 from hf_prefix.training.distillation.kl_divergence import Outcomes, likeliest
 from hf_prefix.training.distillation.lessons import Lesson, decoder_inputs, decoder_start, make_lesson
@@ -77,8 +82,6 @@ class Teacher:
     ) -> list[list[int]]:
         """Write an answer to each query.
 
-        Only queries of equal length share a batch: padding between context and query would change distances.
-
         Args:
             queries: Ids of the queries, as the student reads them.
             settings: How to answer; the defaults of `AnswerSettings` when None.
@@ -97,7 +100,7 @@ class Teacher:
         answers: list[list[int]] = [[] for _ in rows]
         with self._at_work(), torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            for batch in batches_of_equal_length(rows, settings.batch_size):
+            for batch in self._batches(rows, settings.batch_size):
                 written = self._generate([rows[index] for index in batch], settings)
                 for index, answer in zip(batch, written, strict=True):
                     answers[index] = answer
@@ -147,17 +150,16 @@ class Teacher:
         on_progress: OnProgress | None,
     ) -> list[Outcomes]:
         """Return the outcomes at each token of each answer; rows of about equal length share a batch."""
-        order = sorted(range(len(queries)), key=lambda index: -len(queries[index]) - len(answers[index]))
+        both = [query + answer for query, answer in zip(queries, answers, strict=True)]
         found: dict[int, Outcomes] = {}
         with self._at_work():
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
+            for batch in batches_by_length(both, batch_size):
                 rows = [self._behind_context(queries[index]) for index in batch]
                 logits = self._logits(rows, [answers[index] for index in batch])
                 found.update(zip(batch, (likeliest(row, top_k) for row in logits), strict=True))
                 if on_progress is not None:
                     on_progress(len(batch))
-        return [_on_cpu(found[index]) for index in range(len(order))]
+        return [_on_cpu(found[index]) for index in range(len(queries))]
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -194,6 +196,16 @@ class Teacher:
         takes = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         return {"logits_to_keep": count} if takes else {}
 
+    def _batches(self, rows: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
+        """Yield the numbers of rows that answer together, longest first.
+
+        They have equal length unless the cache holds every token's keys and values, since padding between context and
+        query would change the distances that windows and position biases count; see `_generation_inputs`.
+        """
+        if self._cache is not None and all(type(layer) is DynamicLayer for layer in self._cache.layers):
+            return batches_by_length(rows, batch_size)
+        return batches_of_equal_length(rows, batch_size)
+
     def _remembered(self, rows: int) -> tuple[list[int], dict[str, Any]]:
         """Return what stands in front of each row: tokens to read, or a copy of the cache for so many rows."""
         if self._cache is None:
@@ -225,17 +237,35 @@ class Teacher:
         starts = [len(front) + len(row) - 1 - dropped for row in rows]
         return [row[start : start + len(answer)] for row, start, answer in zip(logits, starts, answers, strict=True)]
 
-    def _padded(self, rows: list[list[int]], seen: int = 0) -> dict[str, Tensor]:
-        """Return rows padded at their end, with a mask that also covers `seen` tokens in the cache."""
-        mask = pad_rows([[1] * (seen + len(row)) for row in rows], 0, "right")
-        input_ids = pad_rows(rows, self._pad_token_id, "right")
+    def _padded(self, rows: list[list[int]], seen: int = 0, side: Side = "right") -> dict[str, Tensor]:
+        """Return padded rows, with a mask that also covers `seen` tokens in the cache."""
+        mask = pad_rows([[1] * (seen + len(row)) for row in rows], 0, side)
+        input_ids = pad_rows(rows, self._pad_token_id, side)
         return {"input_ids": input_ids.to(self._model.device), "attention_mask": mask.to(self._model.device)}
 
+    def _generation_inputs(self, rows: list[list[int]]) -> dict[str, Any]:
+        """Return contexts and queries, padded in front, with the cache of as many columns as the context has tokens.
+
+        Where a row is padded by n columns, its cached columns are moved by n, and the last n tokens of its context are
+        read again. So the padding stands in front of everything, as it does without a cache.
+        """
+        both = [self._context.token_ids + row for row in rows]
+        inputs = self._padded(both, side="right" if self.is_encoder_decoder else "left")
+        if self._cache is None:
+            return inputs
+        width = inputs["input_ids"].shape[1]
+        cache = copy.deepcopy(self._cache)
+        for layer in cast(list[DynamicLayer], cache.layers):
+            # What roll brings to the front is what the padding hides.
+            layer.keys, layer.values = (
+                torch.cat([states.roll(width - len(row), dims=-2) for row in both])
+                for states in (layer.keys, layer.values)
+            )
+        return {**inputs, "past_key_values": cache}
+
     def _generate(self, rows: list[list[int]], settings: AnswerSettings) -> list[list[int]]:
-        """Return an answer to each of several queries of equal length."""
-        _, arguments = self._remembered(len(rows))
-        # `generate` is given all tokens; it leaves out those that the cache holds.
-        arguments |= self._padded([self._context.token_ids + row for row in rows])
+        """Return an answer to each query of a batch."""
+        arguments = self._generation_inputs(rows)
         before = 1 if self.is_encoder_decoder else arguments["input_ids"].shape[1]
         stopping = StoppingCriteriaList()
         if settings.stop_string is not None:
