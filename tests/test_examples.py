@@ -86,7 +86,18 @@ def test_the_comparison_of_starts_keeps_what_is_done_and_renders_it(tmp_path: Pa
 
 def test_a_prompt_is_compressed(tmp_path: Path) -> None:
     model = save_with_tokenizer(tiny_llama(), tmp_path / "model")
-    sizes = "--examples 1 --queries 8 --num-virtual-tokens 8 --steps 10 --max-new-tokens 16".split()
+    sizes = [
+        "--examples",
+        "1",
+        "--queries",
+        "8",
+        "--num-virtual-tokens",
+        "8",
+        "--steps",
+        "10",
+        "--max-new-tokens",
+        "16",
+    ]
     lines = run("compress_prompt.py", "--model", str(model), *sizes).splitlines()
     (numbers,) = [line for line in lines if line.startswith("KL ")]
     before, after = (float(word) for word in numbers.replace(",", "").split() if word[0].isdigit())
