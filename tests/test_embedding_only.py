@@ -103,6 +103,19 @@ def test_any_embeddings_are_a_prompt_of_embeddings(causal_family: Family) -> Non
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["bamba", "bloom", "cohere2", "deepseek_v3", "gpt_bigcode", "gptj", "mpt", "roberta", "xglm"]
+)
+def test_other_kinds_of_attention_equal_a_direct_prefix(name: str) -> None:
+    words, entry = tokens(2, 9), next(entry for entry in entries() if entry.name == f"causal-{name}")
+    options = {"prefix_init": "token_ids", "prefix_init_token_ids": PROMPT}
+    one, other = (
+        get_peft_model(build_zoo(entry), PrefixConfig(embedding_only=only, **options)) for only in (True, False)
+    )
+    assert_same(one.eval()(input_ids=words).logits, other.eval()(input_ids=words).logits)
+
+
+@torch.no_grad()
 def test_a_subset_of_layers_equals_a_direct_prefix_there() -> None:
     words = tokens(2, 9)
     model, direct = (from_prompt(LLAMA, embedding_only=only, layers_to_transform=[1]) for only in (True, False))

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from adapters import GPT2, LLAMA, T5, logits
 from families import Family, build, tokens
 from hf_prefix import PrefixConfig, PrefixError, fold_prefix
+from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.errors import UnsupportedCallError, UnsupportedModelError
 from hf_prefix.prefix.key_value import KeyValuePrefix
 from matrix import (
@@ -36,8 +37,8 @@ SEPARATOR = 4
 """No word; the families' vocabularies have it."""
 CONFIG = PrefixConfig(num_virtual_tokens=3, placement="infix", infix_separator_token_id=SEPARATOR)
 PROMPT_TOLERANCE = 1e-4
-LEARNED = ("gpt2", "opt")
-"""Families with learned positions; those of the others are rotations."""
+OTHERS = ["bamba", "biogpt", "cohere2", "deepseek_v3", "falcon", "gemma2", "gpt_neox", "gpt_oss", "lfm2"]
+"""Models with other kinds of attention: latent, with sinks, without positions in some layers, beside recurrence."""
 
 
 def with_infix(family: Family, backend: str = "eager", **options: Any) -> PeftModel:
@@ -51,23 +52,29 @@ def row(prompt: int, rest: int, seed: int = 1) -> Tensor:
     return words
 
 
-def slow_answer(
-    family: Family, model: PeftModel, words: Tensor, prompt: int, inside: list[KeyValuePrefix] | None = None
-) -> Tensor:
+def first_position(model: nn.Module, prompt: int) -> int:
+    """Return where a prompt starts: positions are learned, or rotations."""
+    is_rotary = any(hasattr(module, "rotary_emb") for module in model.modules())
+    return -prompt if is_rotary else 0
+
+
+def slow_answer(model: PeftModel, words: Tensor, prompt: int, inside: list[KeyValuePrefix] | None = None) -> Tensor:
     """Return the logits of one row [token] in two passes of the base model, with gradients.
 
     The first pass fills a cache with the prompt; the infix is put behind it; the second pass goes on from there.
     """
     inside = infix(model) if inside is None else inside
-    start = 0 if family.name in LEARNED else -prompt
-    cache, rest = DynamicCache(), len(words) - prompt
+    start, rest = first_position(model, prompt), len(words) - prompt
+    places, cache = torch.arange(start, start + prompt)[None], DynamicCache(config=model.config)
     parts = []
     with model.disable_adapter():
-        places = torch.arange(start, start + prompt)[None]
         parts.append(model(input_ids=words[None, :prompt], position_ids=places, past_key_values=cache).logits)
-        for layer, prefix in zip(cache.layers, inside, strict=True):
+        for module, prefix in zip(attention_modules(model), inside, strict=True):
+            layer = cache.layers[module.layer_idx]
             layer.keys = torch.cat([layer.keys, prefix.key[None]], dim=-2)
             layer.values = torch.cat([layer.values, prefix.value[None]], dim=-2)
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length += prefix.length
         if rest:
             places = torch.arange(rest)[None] + start + prompt + PREFIX_LENGTH
             mask = torch.ones(1, prompt + PREFIX_LENGTH + rest)
@@ -76,10 +83,21 @@ def slow_answer(
     return torch.cat(parts, dim=1)[0]
 
 
+def attention_modules(model: PeftModel) -> list[nn.Module]:
+    return [
+        module
+        for module in model.get_base_model().modules()
+        if isinstance(getattr(module, "hf_prefix", None), PrefixLayer)
+    ]
+
+
+def encoders(model: PeftModel) -> list[nn.Module]:
+    return [module.hf_prefix.encoder("default") for module in attention_modules(model)]
+
+
 def infix(model: PeftModel) -> list[KeyValuePrefix]:
     """Return the keys and values of each layer."""
-    modules = [module for module in model.modules() if hasattr(module, "hf_prefix_encoder")]
-    return [module.encoder("default")() for module in modules]
+    return [encoder() for encoder in encoders(model)]
 
 
 # --- Where it stands ----------------------------------------------------------------------------------------
@@ -90,16 +108,38 @@ def infix(model: PeftModel) -> list[KeyValuePrefix]:
 def test_it_stands_between_prompt_and_rest(causal_family: Family, backend: str, prompt: int, rest: int) -> None:
     model, words = with_infix(causal_family, backend), row(prompt, rest)
     found = model(input_ids=words[None]).logits[0]
-    assert_same(found, slow_answer(causal_family, model, words, prompt))
+    assert_same(found, slow_answer(model, words, prompt))
     in_front = attach(causal_family, backend)(input_ids=words[None]).logits[0]
     assert (found - in_front).abs().mean() > 0.03
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OTHERS)
+def test_it_stands_there_in_other_kinds_of_attention(name: str) -> None:
+    config = PrefixConfig(
+        num_virtual_tokens=PREFIX_LENGTH, prefix_init="random", placement="infix", infix_separator_token_id=SEPARATOR
+    )
+    model, words = get_peft_model(from_zoo(f"causal-{name}"), config).eval(), row(5, 4)
+    found = model(input_ids=words[None]).logits[0]
+    wanted = slow_answer(model, words, 5)
+    assert_same(found, wanted)
+    with model.disable_adapter():
+        assert (model(input_ids=words[None]).logits[0] - wanted)[5:].abs().mean() > 0.001
+    generated = greedy(model, Batch(words[None], torch.ones(1, 9, dtype=torch.long)), suppress_tokens=[SEPARATOR])
+    longer = model(input_ids=generated).logits[0, 8:-1]
+    longer[:, [END, SEPARATOR]] = -torch.inf
+    assert torch.equal(generated[0, 9:], longer.argmax(dim=-1))
+
+
+def from_zoo(name: str) -> PreTrainedModel:
+    return build_zoo(next(entry for entry in entries() if entry.name == name))
 
 
 @torch.no_grad()
 def test_from_the_activations_of_tokens_it_is_these_tokens(causal_family: Family, backend: str) -> None:
     prompt, inside, rest = row(5, 0), tokens(1, PREFIX_LENGTH, seed=7)[0], tokens(1, 4, seed=8)[0]
     base, cache = build(causal_family, backend), DynamicCache()
-    start = 0 if causal_family.name in LEARNED else -len(prompt)
+    start = first_position(base, len(prompt))
     real = torch.cat([prompt, inside, rest])
     places = torch.arange(start, start + len(real))[None]
     wanted = base(input_ids=real[None], position_ids=places, past_key_values=cache).logits[0]
@@ -114,8 +154,7 @@ def test_from_the_activations_of_tokens_it_is_these_tokens(causal_family: Family
 
 def parameter_pairs(model: PeftModel) -> list[tuple[Tensor, Tensor]]:
     """Return key and value of each layer."""
-    encoders = [module.encoder("default") for module in model.modules() if hasattr(module, "hf_prefix_encoder")]
-    return [(encoder.key, encoder.value) for encoder in encoders]
+    return [(encoder.key, encoder.value) for encoder in encoders(model)]
 
 
 @torch.no_grad()
@@ -133,7 +172,7 @@ def test_a_prompt_does_not_see_it(causal_family: Family, backend: str) -> None:
 def test_the_last_separator_ends_the_prompt() -> None:
     model, words = with_infix(LLAMA), row(6, 3)
     words[2] = SEPARATOR
-    assert_same(model(input_ids=words[None]).logits[0], slow_answer(LLAMA, model, words, 6))
+    assert_same(model(input_ids=words[None]).logits[0], slow_answer(model, words, 6))
 
 
 @torch.no_grad()
@@ -153,7 +192,7 @@ def test_padding_and_other_rows_do_not_matter(causal_family: Family, backend: st
     batch = pad(rows, side)
     found = model(input_ids=batch.words, attention_mask=batch.mask).logits
     for words, prompt, got, real in zip(rows, (7, 2, 4), found, batch.real, strict=True):
-        assert_same(got[real], slow_answer(causal_family, model, words, prompt))
+        assert_same(got[real], slow_answer(model, words, prompt))
 
 
 # --- Decoding -----------------------------------------------------------------------------------------------
@@ -204,7 +243,7 @@ def test_a_later_separator_in_a_cached_turn_moves_nothing() -> None:
     model(input_ids=words[None, :7], past_key_values=cache)
     words[7] = SEPARATOR
     found = model(input_ids=words[None, 7:], past_key_values=cache).logits[0]
-    assert_same(found, slow_answer(LLAMA, model, words, 5)[7:])
+    assert_same(found, slow_answer(model, words, 5)[7:])
 
 
 # --- Training -----------------------------------------------------------------------------------------------
@@ -226,7 +265,7 @@ def test_gradients_are_those_of_the_slow_answer(causal_family: Family, backend: 
     model, words = with_infix(causal_family, backend), row(5, 4)
     weights = torch.rand(9, 1, generator=torch.Generator().manual_seed(0))
     leaves = [[states.detach().clone().requires_grad_() for states in pair] for pair in parameter_pairs(model)]
-    found = slow_answer(causal_family, model, words, 5, [KeyValuePrefix(*pair) for pair in leaves])
+    found = slow_answer(model, words, 5, [KeyValuePrefix(*pair) for pair in leaves])
     (found * weights).square().mean().backward()
     (model(input_ids=words[None]).logits[0] * weights).square().mean().backward()
     for pair, leaf in zip(parameter_pairs(model), leaves, strict=True):
@@ -268,7 +307,7 @@ def test_other_parameterisations_stand_there_too(options: dict[str, Any]) -> Non
         return
     fold_prefix(model)
     assert_same(model(input_ids=words[None]).logits[0], found)
-    assert_same(slow_answer(LLAMA, model, words, 5), found)
+    assert_same(slow_answer(model, words, 5), found)
 
 
 @torch.no_grad()
@@ -380,12 +419,13 @@ def test_tokens_that_end_texts_or_are_unknown_are_no_separators() -> None:
         ("causal-gptj", "positions of another kind"),
         ("causal-gpt_neo", "is not told the positions of its tokens"),
         ("causal-gemma3n_text", "selects, compresses or shares its keys"),
-        ("causal-gemma3", "more than a decoder of text"),
+        ("causal-blt", "more than one decoder of text"),
+        ("causal-gemma3", "more than one decoder of text"),
         ("causal-ministral3", "counts positions from the start of the text"),
     ],
 )
 def test_other_models_are_refused(name: str, reason: str) -> None:
-    model = build_zoo(next(entry for entry in entries() if entry.name == name))
+    model = from_zoo(name)
     with pytest.raises(UnsupportedModelError, match=rf"{reason}\. Leave placement out"):
         get_peft_model(model, CONFIG)
 
@@ -402,7 +442,7 @@ def test_rotations_that_depend_on_the_length_are_refused(kind: str) -> None:
 
 
 def test_encoder_decoder_models_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="is in a model with more than a decoder of text"):
+    with pytest.raises(UnsupportedModelError, match="is in a model with more than one decoder of text"):
         with_infix(T5)
 
 

@@ -6,6 +6,7 @@ to -1, so that the infix is at 0 to P - 1 whatever the length of x; where they a
 In both y comes P further on, and that jump tells attention where y begins.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,14 +50,14 @@ def check_takes_infix(sites: list[AttentionSite], root: nn.Module, separator: in
         UnsupportedModelError: It cannot.
         PrefixError: The model ends its texts by the separator, or does not know it.
     """
-    reasons = [text for site in sites for text, holds in _obstacles(site, root).items() if holds]
+    reason = next((reason for site in sites for reason in _obstacles(site, root)), None)
     # Asked last, because it runs the decoder.
-    if not reasons and not _distances_decide(sites[0].stack):
-        reasons = ["counts positions from the start of the text"]
-    if reasons:
+    if reason is None and not _distances_decide(sites[0].stack):
+        reason = "counts positions from the start of the text"
+    if reason is not None:
         raise UnsupportedModelError(
             "placement='infix' is for decoder-only language models with learned or rotary positions; attention of "
-            f"{type(root).__name__} {reasons[0]}. Leave placement out."
+            f"{type(root).__name__} {reason}. Leave placement out."
         )
     config = text_config(sites[0].stack)
     ends = getattr(config, "eos_token_id", None)
@@ -71,25 +72,30 @@ def check_takes_infix(sites: list[AttentionSite], root: nn.Module, separator: in
         )
 
 
-def _obstacles(site: AttentionSite, root: Any) -> dict[str, bool]:
-    """Return what an infix would not be right with, and whether it is so."""
-    stack, rotary = site.stack, rotary_kind(site.stack)
+def _obstacles(site: AttentionSite, root: Any) -> Iterator[str]:
+    """Yield what an infix would not be right with; what comes first is asked first."""
     text_only = not root.config.is_encoder_decoder and root.config.get_text_config() is root.config
-    special = (selecting_module(site.module), compressing_module(site.module), window_buffer(site.module))
-    return {
-        "is in a model with more than a decoder of text": not text_only or site.role != "decoder",
-        "has positions of another kind": position_table(stack) is None and rotary is None,
-        "scales its rotary positions by the length of the text": any(
-            kind in (rotary or "") for kind in ("dynamic", "longrope")
-        ),
-        "has relative positions": site.has_relative_positions or site.mask_slopes is not None,
-        "is not told the positions of its tokens": not site.told_positions or positions_module(stack) is not stack,
-        "takes another kind of mask": site.hides_with_true or site.mask_argument != PADDING_MASK_ARGUMENT,
-        "selects, compresses or shares its keys": any(part is not None for part in special)
-        or len(site.places) > 1
-        or bool(site.readers)
-        or site.value_size == 0,
-    }
+    if not text_only or site.role != "decoder" or not site.one_decoder:
+        yield "is in a model with more than one decoder of text"
+    stack, rotary = site.stack, rotary_kind(site.stack)
+    if position_table(stack) is None and rotary is None:
+        yield "has positions of another kind"
+    if rotary is not None and ("dynamic" in rotary or "longrope" in rotary):
+        yield "scales its rotary positions by the length of the text"
+    if site.has_relative_positions or site.mask_slopes is not None:
+        yield "has relative positions"
+    if not site.told_positions or positions_module(stack) is not stack:
+        yield "is not told the positions of its tokens"
+    if site.hides_with_true or site.mask_argument != PADDING_MASK_ARGUMENT:
+        yield "takes another kind of mask"
+    if _keys_are_special(site):
+        yield "selects, compresses or shares its keys"
+
+
+def _keys_are_special(site: AttentionSite) -> bool:
+    parts = (selecting_module(site.module), compressing_module(site.module), window_buffer(site.module))
+    selects = any(part is not None for part in parts)
+    return selects or len(site.places) > 1 or bool(site.readers) or site.value_size == 0
 
 
 def _distances_decide(stack: nn.Module) -> bool:
