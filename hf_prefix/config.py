@@ -1,5 +1,8 @@
 """The configuration of a prefix: every option, checked at construction."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -7,6 +10,8 @@ from peft import PeftConfig
 
 from hf_prefix.errors import PrefixError
 from hf_prefix.peft_type import PrefixPeftType
+from hf_prefix.sharing.export import check_format, export_weights, is_checkpoint
+from hf_prefix.sharing.folding import AttentionModule
 
 Role = Literal["encoder", "decoder", "cross"]
 """Where a prefix acts: encoder self-attention, decoder self-attention (the only one of a decoder-only model),
@@ -35,6 +40,9 @@ class PrefixConfig(PeftConfig):
         prefix_projection: Learn the prefix through the paper's MLP (§4.3), P[i] = MLP(P'[i]), instead of
             directly. One embedding and one hidden layer per role, and one output slice per attention module.
         encoder_hidden_size: Hidden width of that MLP (512 when None). Only with `prefix_projection`.
+        keep_projection: Save the MLP, too. By default `save_pretrained` folds it into the keys and values that it
+            computes, which is all that using the prefix needs; checkpoints of a training run (folders named
+            `checkpoint-<n>`) always hold it. Only with `prefix_projection`.
         embedding_only: Learn input embeddings of the virtual tokens only (§7.2, "embedding-only"): the keys and values
             of every layer are what the frozen model computes of them. Decoder-only models. Needs non-reentrant
             gradient checkpointing, if any. `prefix_init` then gives embeddings.
@@ -71,8 +79,8 @@ class PrefixConfig(PeftConfig):
         layers_pattern: Name of the module list that `layers_to_transform` counts in, for example "layers".
         modules_to_save: Modules of the base model that are trained and saved as well.
         trainable_token_indices: Must stay None; read by other libraries.
-        attention_modules: Filled in when the prefix is attached: kv_heads, key size and value size of each attention
-            module that got it. A saved prefix is attached only to a model that has exactly these.
+        attention_modules: Filled in when the prefix is attached: role, kv_heads, key_size and value_size of each
+            attention module that got it. A saved prefix is attached only to a model that has exactly these.
         initialized: Written as true when the configuration is saved: a prefix attached from it waits for its
             weights instead of starting anew.
 
@@ -85,6 +93,7 @@ class PrefixConfig(PeftConfig):
     roles: list[Role] | None = field(default=None)
     prefix_projection: bool = field(default=False)
     encoder_hidden_size: int | None = field(default=None)
+    keep_projection: bool = field(default=False)
     embedding_only: bool = field(default=False)
     prefix_dropout: float = field(default=0.0)
     prefix_init: PrefixInit = field(default="real_tokens")
@@ -104,12 +113,14 @@ class PrefixConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
     trainable_token_indices: None = field(default=None)
-    attention_modules: dict[str, list[int]] | None = field(default=None)
+    attention_modules: dict[str, AttentionModule] | None = field(default=None)
     initialized: bool = field(default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PrefixPeftType.HF_PREFIX
+        # No field, because it is no option and is never saved.
+        self._weights_follow = False
         self._check_length()
         self.check_frozen_tokens()
         self._check_choices()
@@ -132,15 +143,42 @@ class PrefixConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as `adapter_config.json`, marked as belonging to saved weights.
 
+        PEFT calls this when it has saved the weights. Unless the folder is a training checkpoint, they are made fit to
+        be shared then: the projection is folded if it is not to be kept, and the configuration says so.
+
         Args:
             save_directory: Target folder, created if missing.
             **kwargs: Passed on to PEFT.
+
+        Raises:
+            PrefixError: The weights hold values that are no finite numbers, or the projection cannot be folded.
+            UnsupportedCallError: The weights are pickled.
         """
-        initialized, self.initialized = self.initialized, True
+        saved = copy.copy(self)
+        saved.initialized = True
+        if not self._weights_follow and saved._export(save_directory):
+            saved.describe_folded()
+        super(PrefixConfig, saved).save_pretrained(save_directory, **kwargs)
+
+    @contextmanager
+    def before_its_weights(self) -> Iterator[None]:
+        """Let `save_pretrained` be called before the weights are in the folder; call it again when they are."""
+        self._weights_follow = True
         try:
-            super().save_pretrained(save_directory, **kwargs)
+            yield
         finally:
-            self.initialized = initialized
+            self._weights_follow = False
+
+    def describe_folded(self) -> None:
+        """Describe the same prefix as plain keys and values, in place."""
+        self.prefix_projection, self.encoder_hidden_size, self.keep_projection = False, None, False
+        self.projection_init, self.embedding_only = "least_squares", False
+
+    def _export(self, folder: str) -> bool:
+        """Make saved weights fit to be shared; return whether they are plain keys and values."""
+        check_format(folder)
+        keep = self.keep_projection or not self.prefix_projection
+        return not is_checkpoint(folder) and export_weights(folder, self.attention_modules or {}, keep)
 
     def check_frozen_tokens(self) -> None:
         """Check that frozen tokens leave some to be learned, once the length is known.
@@ -187,6 +225,11 @@ class PrefixConfig(PeftConfig):
 
     def _check_projection(self) -> None:
         self._check_projection_init()
+        if self.keep_projection and not self.prefix_projection:
+            raise PrefixError(
+                "keep_projection=True has no effect without the projection; set prefix_projection=True or leave it "
+                "out."
+            )
         size = self.encoder_hidden_size
         if size is None:
             return

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_prefix.adapter_saving import AdapterSaving
 from hf_prefix.attention.continuous_batching import ContinuousBatchingGuard
 from hf_prefix.attention.discovery import find_sites
 from hf_prefix.attention.embedding_run import EmbeddingRun, check_embeddings_suffice, input_width
@@ -36,6 +37,7 @@ from hf_prefix.prefix.encoders import (
 )
 from hf_prefix.prefix.fitting import initialize_encoders
 from hf_prefix.sharing.checkpoint import check_fits
+from hf_prefix.sharing.folding import AttentionModule
 
 
 class PrefixModel(BaseTuner):
@@ -179,6 +181,7 @@ class PrefixModel(BaseTuner):
             stack = stacks[site.role] = PrefixStack(site.role, site.stack, self.model)
             if len(stacks) == 1:
                 stack.add_hook(ContinuousBatchingGuard(self.model))
+                stack.add_hook(AdapterSaving(self.model))
         return cast(PrefixStack, stacks[site.role])
 
     @contextmanager
@@ -219,8 +222,11 @@ class PrefixModel(BaseTuner):
         )
         expected = _adapter_tensors(model, adapter_name)
         others = model.state_dict().keys() - expected.keys()
-        check_fits({name: tensor for name, tensor in remapped.items() if name not in others}, expected)
-        return remapped
+        ours = {name: tensor for name, tensor in remapped.items() if name not in others}
+        check_fits(ours, expected)
+        # Copies: PEFT may keep what it is given (low_cpu_mem_usage), and at the odd addresses of a mapped file torch
+        # adds up in another order, so that a projection would give other keys in their last bits.
+        return remapped | {name: tensor.clone() for name, tensor in ours.items()}
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -274,17 +280,21 @@ def _check_layers(matcher: PrefixConfig, sites: list[AttentionSite]) -> None:
 
 def _check_modules(config: PrefixConfig, targets: list[AttentionSite]) -> None:
     """Note which modules get the prefix; check that a saved prefix is attached to the same ones."""
-    found = {site.name: [site.heads, site.key_size, site.value_size] for site in targets}
+    found = {site.name: _noted(site) for site in targets}
     noted = config.attention_modules
     if config.initialized and noted is not None and noted != found:
         differing = sorted(name for name in noted.keys() | found.keys() if noted.get(name) != found.get(name))
         first = differing[0]
         raise PrefixMismatchError(
             f"The saved prefix is for another model: {len(differing)} attention modules differ; {first} was "
-            f"{noted.get(first)} [kv_heads, key size, value size] there and is {found.get(first)} here. Load it on "
-            "the base model that its adapter_config.json names."
+            f"{noted.get(first)} there and is {found.get(first)} here. Load it on the base model that its "
+            "adapter_config.json names."
         )
     config.attention_modules = found
+
+
+def _noted(site: AttentionSite) -> AttentionModule:
+    return AttentionModule(role=site.role, kv_heads=site.heads, key_size=site.key_size, value_size=site.value_size)
 
 
 def _new_encoder(config: PrefixConfig, site: AttentionSite, trunk: SharedPart | None) -> PrefixEncoder:

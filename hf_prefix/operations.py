@@ -46,9 +46,7 @@ def fold_prefix(model: nn.Module, adapter_name: str = "default") -> None:
     for _, layer in prefix_layers(model):
         if isinstance(layer, PrefixStack) and adapter_name in layer.hf_prefix_trunk:
             del layer.hf_prefix_trunk[adapter_name]
-    config = _config(model, adapter_name)
-    config.prefix_projection, config.encoder_hidden_size, config.projection_init = False, None, "least_squares"
-    config.embedding_only = False
+    _config(model, adapter_name).describe_folded()
 
 
 def initialize_from_text(

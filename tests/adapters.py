@@ -19,6 +19,10 @@ LLAMA, GPT2, BART, T5 = (BY_NAME[name] for name in ("llama", "gpt2", "bart", "t5
 
 WEIGHTS = "adapter_model.safetensors"
 
+FOLDED = {"projection": True}
+KEPT = {"projection": True, "keep_projection": True}
+"""Options under which a prefix with the MLP is saved without it and with it."""
+
 
 def prefix_config(family: Family = LLAMA, projection: bool = False, **options: Any) -> PrefixConfig:
     """Return a configuration: three random tokens, which change the outputs clearly, unless told otherwise."""

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
+from adapters import FOLDED, KEPT
 from families import CAUSAL, FAMILIES, SEQ2SEQ, Family
 
 
@@ -48,3 +49,9 @@ def quick_garbage_collection() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(params=[{}, FOLDED, KEPT], ids=["direct", "folded", "kept"])
+def form(request: pytest.FixtureRequest) -> dict[str, bool]:
+    """Every form in which a prefix is saved, as options of a configuration."""
+    return request.param

@@ -236,7 +236,7 @@ def test_another_prefix_of_another_family_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_prefix_with_its_projection_is_refused(tmp_path: Path) -> None:
-    attach(LLAMA, projection=True).save_pretrained(tmp_path)
+    attach(LLAMA, projection=True, keep_projection=True).save_pretrained(tmp_path)
     with pytest.raises(PrefixError, match=r"holds no keys and values.*fold_prefix"):
         attach(LLAMA, prefix_init="prefix", prefix_init_path=str(tmp_path))
 

@@ -24,7 +24,9 @@ from transformers import PreTrainedModel
 
 from adapters import (
     BART,
+    FOLDED,
     GPT2,
+    KEPT,
     LLAMA,
     T5,
     WEIGHTS,
@@ -102,25 +104,27 @@ def shapes_in(folder: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("family", "projection", "expected"),
+    ("family", "options", "expected"),
     [
-        (LLAMA, False, LLAMA_DIRECT),
-        (LLAMA, True, LLAMA_PROJECTION),
-        (BART, False, BART_DIRECT),
-        (BART, True, BART_PROJECTION),
+        (LLAMA, {}, LLAMA_DIRECT),
+        (LLAMA, FOLDED, LLAMA_DIRECT),
+        (LLAMA, KEPT, LLAMA_PROJECTION),
+        (BART, {}, BART_DIRECT),
+        (BART, FOLDED, BART_DIRECT),
+        (BART, KEPT, BART_PROJECTION),
     ],
-    ids=["llama-direct", "llama-projection", "bart-direct", "bart-projection"],
+    ids=["llama-direct", "llama-folded", "llama-kept", "bart-direct", "bart-folded", "bart-kept"],
 )
 def test_saved_folder_holds_exactly_these_tensors(
-    family: Family, projection: bool, expected: dict[str, list[int]], tmp_path: Path
+    family: Family, options: dict[str, bool], expected: dict[str, list[int]], tmp_path: Path
 ) -> None:
-    attach(family, projection).save_pretrained(tmp_path)
+    attach(family, **options).save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "adapter_config.json", WEIGHTS}
     assert shapes_in(tmp_path) == expected
 
 
-def test_loaded_prefix_is_bit_equal(family: Family, projection: bool, tmp_path: Path) -> None:
-    model = attach(family, projection)
+def test_loaded_prefix_is_bit_equal(family: Family, form: dict[str, bool], tmp_path: Path) -> None:
+    model = attach(family, **form)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(family), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model))
@@ -130,9 +134,9 @@ def test_loaded_prefix_is_bit_equal(family: Family, projection: bool, tmp_path: 
 
 @pytest.mark.parametrize("options", [{"is_trainable": True}, {"low_cpu_mem_usage": True}], ids=str)
 def test_ways_to_load_are_bit_equal(
-    causal_or_seq2seq: Family, projection: bool, options: dict[str, bool], tmp_path: Path
+    causal_or_seq2seq: Family, form: dict[str, bool], options: dict[str, bool], tmp_path: Path
 ) -> None:
-    model = attach(causal_or_seq2seq, projection)
+    model = attach(causal_or_seq2seq, **form)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(causal_or_seq2seq), tmp_path, **options).eval()
     assert torch.equal(logits(loaded), logits(model))
@@ -220,7 +224,8 @@ def test_second_process_gives_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["decoder", "encoder", "key", "weight", "model"])
 def test_name_of_a_prefix_may_be_that_of_a_module(name: str, projection: bool, tmp_path: Path) -> None:
-    model = get_peft_model(build(BART), prefix_config(BART, projection), adapter_name=name).eval()
+    config = prefix_config(BART, projection, keep_projection=projection)
+    model = get_peft_model(build(BART), config, adapter_name=name).eval()
     model.save_pretrained(tmp_path)
     assert shapes_in(tmp_path / name) == (BART_PROJECTION if projection else BART_DIRECT)
     loaded = PeftModel.from_pretrained(build(BART), tmp_path / name, adapter_name=name).eval()
@@ -245,11 +250,11 @@ def test_state_dict_moves_a_prefix_to_another_model(family: Family, projection: 
     assert torch.equal(logits(target), logits(source))
 
 
-def test_modules_to_save_are_trained_saved_and_loaded(projection: bool, tmp_path: Path) -> None:
-    model = attach(LLAMA, projection, modules_to_save=["lm_head"])
+def test_modules_to_save_are_trained_saved_and_loaded(form: dict[str, bool], tmp_path: Path) -> None:
+    model = attach(LLAMA, modules_to_save=["lm_head"], **form)
     one_step(model.train())
     model.eval().save_pretrained(tmp_path)
-    prefix = LLAMA_PROJECTION if projection else LLAMA_DIRECT
+    prefix = LLAMA_PROJECTION if form == KEPT else LLAMA_DIRECT
     assert shapes_in(tmp_path) == prefix | {"base_model.model.lm_head.weight": [97, 32]}
     loaded = PeftModel.from_pretrained(build(LLAMA), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model))
@@ -320,7 +325,7 @@ def test_fold_of_an_unknown_name_is_refused() -> None:
 
 
 def test_fold_of_a_prefix_without_its_weights_is_refused(tmp_path: Path) -> None:
-    attach(LLAMA, projection=True).save_pretrained(tmp_path)
+    attach(LLAMA, **KEPT).save_pretrained(tmp_path)
     model = get_peft_model(build(LLAMA), PeftConfig.from_pretrained(tmp_path))
     with pytest.raises(PrefixNotLoadedError, match="weights were not loaded"):
         fold_prefix(model)
@@ -403,7 +408,7 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_saved_configuration_without_its_weights_is_refused(family: Family, projection: bool, tmp_path: Path) -> None:
-    source = attach(family, projection)
+    source = attach(family, projection, keep_projection=projection)
     source.save_pretrained(tmp_path)
     model = get_peft_model(build(family), PeftConfig.from_pretrained(tmp_path)).eval()
     with pytest.raises(PrefixNotLoadedError, match=r"weights were not loaded.*initialized = False"):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     Seq2SeqTrainer,
@@ -17,8 +18,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from adapters import BART, GPT2, LLAMA, T5, attach, logits, prefix_config, prefix_parameters
+from adapters import BART, GPT2, LLAMA, T5, WEIGHTS, attach, logits, prefix_config, prefix_parameters
 from families import Family, build, tokens
+from hf_prefix import PrefixMismatchError
 
 ROWS = 8
 
@@ -190,6 +192,93 @@ def test_checkpoint_of_the_trainer_is_a_loadable_prefix(one_of_each: Family, pro
     trainer(one_of_each, model, tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
     loaded = PeftModel.from_pretrained(build(one_of_each), tmp_path / "checkpoint-2").eval()
     assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_checkpoints_keep_the_projection_and_the_saved_model_does_not(one_of_each: Family, tmp_path: Path) -> None:
+    model = attach(one_of_each, projection=True)
+    run = trainer(one_of_each, model, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    run.train()
+    run.save_model()
+    for folder, kept in (("", False), ("checkpoint-1", True), ("checkpoint-2", True)):
+        assert any("trunk" in name for name in load_file(tmp_path / folder / WEIGHTS)) == kept
+    exported = PeftModel.from_pretrained(build(one_of_each), tmp_path).eval()
+    assert torch.equal(logits(exported), logits(model.eval()))
+    # The export beside it does not get into the way of the checkpoint.
+    run.args.max_steps = 3
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 3
+    with pytest.raises(PrefixMismatchError, match="saved as keys and values"):
+        run.train(resume_from_checkpoint=str(tmp_path))
+
+
+def test_resumed_run_ends_with_the_best_weights_of_an_unbroken_one(
+    some_family: Family, projection: bool, tmp_path: Path
+) -> None:
+    options = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        # The loss falls, so the "best" step is one before the interruption, and the last weights are not loaded.
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    }
+
+    def attached() -> PeftModel:
+        return attach(some_family, projection, prefix_dropout=0.1, prefix_init="real_tokens")
+
+    unbroken = trainer(some_family, attached(), tmp_path / "unbroken", **options)
+    unbroken.train()
+    first = trainer(some_family, attached(), tmp_path / "broken", **options)
+    first.add_callback(StopAfter(2))
+    first.train()
+    second = trainer(some_family, attached(), tmp_path / "broken", **options)
+    second.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-2"))
+
+    assert second.state.best_global_step == unbroken.state.best_global_step == 1
+    expected, found = prefix_parameters(unbroken.model), prefix_parameters(second.model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    last, last_of_broken = (load_file(tmp_path / run / "checkpoint-4" / WEIGHTS) for run in ("unbroken", "broken"))
+    assert all(torch.equal(last_of_broken[name], last[name]) for name in last)
+
+
+def test_several_prefixes_are_resumed(one_of_each: Family, projection: bool, tmp_path: Path) -> None:
+    def attached() -> PeftModel:
+        model = attach(one_of_each, projection)
+        model.add_adapter("other", prefix_config(one_of_each, projection, num_virtual_tokens=2))
+        model.set_adapter("other")
+        return model
+
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    unbroken = attached()
+    trainer(one_of_each, unbroken, tmp_path, **saving).train()
+    resumed = attached()
+    trainer(one_of_each, resumed, tmp_path, **saving).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected, found = prefix_parameters(unbroken), prefix_parameters(resumed)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    start = prefix_parameters(attached())
+    assert {".other" in name for name in start if not torch.equal(start[name], expected[name])} == {True}
+
+
+def test_checkpoint_of_a_model_with_its_own_adapter_goes_on(
+    one_of_each: Family, projection: bool, tmp_path: Path
+) -> None:
+    model = build(one_of_each)
+    model.add_adapter(prefix_config(one_of_each, projection))
+    run = trainer(one_of_each, model, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    run.train()
+    loaded = build(one_of_each)
+    loaded.load_adapter(tmp_path / "checkpoint-2", is_trainable=True)
+    assert all(torch.equal(value, prefix_parameters(model)[name]) for name, value in prefix_parameters(loaded).items())
+    assert any("trunk" in name for name in prefix_parameters(loaded)) == projection
+    assert loss_falls(trainer(one_of_each, loaded, tmp_path / "on", **LONGER))
+    # transformers' Trainer puts adapters back into a PeftModel only.
+    with pytest.raises(ValueError, match=r"Can't find a (valid checkpoint|checkpoint index)"):
+        run.train(resume_from_checkpoint=True)
 
 
 def test_trainer_takes_a_model_with_its_own_adapter(one_of_each: Family, projection: bool, tmp_path: Path) -> None:

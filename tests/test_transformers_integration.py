@@ -4,6 +4,7 @@ import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,10 +44,10 @@ def some_family(request: pytest.FixtureRequest) -> Family:
     return request.param
 
 
-def with_adapter(family: Family, projection: bool) -> PreTrainedModel:
+def with_adapter(family: Family, projection: bool = False, **options: Any) -> PreTrainedModel:
     """Return a model of transformers with a prefix added by itself."""
     model = build(family)
-    model.add_adapter(prefix_config(family, projection))
+    model.add_adapter(prefix_config(family, projection, **options))
     return model.eval()
 
 
@@ -54,8 +55,8 @@ def test_added_prefix_acts_as_under_peft(family: Family, projection: bool) -> No
     assert torch.equal(logits(with_adapter(family, projection)), logits(attach(family, projection)))
 
 
-def test_saved_prefix_loads_bit_equal(some_family: Family, projection: bool, tmp_path: Path) -> None:
-    model = with_adapter(some_family, projection)
+def test_saved_prefix_loads_bit_equal(some_family: Family, form: dict[str, bool], tmp_path: Path) -> None:
+    model = with_adapter(some_family, **form)
     one_step(model.train())
     model.eval().save_pretrained(tmp_path)
     loaded = build(some_family)
@@ -65,8 +66,8 @@ def test_saved_prefix_loads_bit_equal(some_family: Family, projection: bool, tmp
     assert torch.equal(logits(under_peft), logits(model))
 
 
-def test_prefix_saved_by_peft_loads_bit_equal(some_family: Family, projection: bool, tmp_path: Path) -> None:
-    source = attach(some_family, projection)
+def test_prefix_saved_by_peft_loads_bit_equal(some_family: Family, form: dict[str, bool], tmp_path: Path) -> None:
+    source = attach(some_family, **form)
     source.save_pretrained(tmp_path)
     model = build(some_family)
     model.load_adapter(tmp_path, adapter_name="mine")
@@ -75,8 +76,8 @@ def test_prefix_saved_by_peft_loads_bit_equal(some_family: Family, projection: b
 
 
 @pytest.mark.parametrize("options", [{"is_trainable": True}, {"low_cpu_mem_usage": True}], ids=str)
-def test_loading_options(projection: bool, options: dict[str, bool], tmp_path: Path) -> None:
-    source = attach(LLAMA, projection)
+def test_loading_options(form: dict[str, bool], options: dict[str, bool], tmp_path: Path) -> None:
+    source = attach(LLAMA, **form)
     source.save_pretrained(tmp_path)
     model = build(LLAMA)
     model.load_adapter(tmp_path, **options)
@@ -126,7 +127,7 @@ def test_deleting_prefixes(some_family: Family, projection: bool) -> None:
 
 
 def test_state_dict_of_the_active_prefix(projection: bool, tmp_path: Path) -> None:
-    model = with_adapter(LLAMA, projection)
+    model = with_adapter(LLAMA, projection, keep_projection=projection)
     model.save_pretrained(tmp_path)
     saved = {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(tmp_path / WEIGHTS).items()}
     state = model.get_adapter_state_dict()

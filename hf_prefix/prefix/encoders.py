@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_prefix.errors import PrefixNotLoadedError
 from hf_prefix.prefix.key_value import KeyValuePrefix
+from hf_prefix.prefix.projection import hidden_layer, output_layer
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,7 @@ class PrefixTrunk(SharedPart):
         if self.awaiting_weights:
             check_loaded(self)
             self.awaiting_weights = False
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return torch.tanh(nn.functional.linear(self.embedding, self.weight, self.bias))
+        return hidden_layer(self.embedding, self.weight, self.bias)
 
     def __getstate__(self) -> dict[str, object]:
         # A copy (copy.deepcopy, pickle) has no use for a result, and one with a gradient history cannot be copied.
@@ -285,9 +285,8 @@ class ProjectedPrefix(PrefixEncoder):
 
     def compute(self) -> KeyValuePrefix:
         """Return this module's slice."""
-        hidden = self.trunk.hidden(caller=id(self))
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return self._split(nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias))
+        hidden = self.trunk.hidden(caller=id(self)).to(self.weight.device)
+        return output_layer(hidden, self.weight, self.bias, self.shape.heads, self.shape.key_size)
 
     @torch.no_grad()
     def fit(self, key: Tensor, value: Tensor) -> None:
@@ -315,14 +314,6 @@ class ProjectedPrefix(PrefixEncoder):
     def learned(self) -> list[Tensor]:
         """Return slice and trunk."""
         return [self.weight, self.bias, *self.trunk.parameters()]
-
-    def _split(self, rows: Tensor) -> KeyValuePrefix:
-        shape = self.shape
-        keys, values = torch.split(rows, [shape.heads * shape.key_size, shape.heads * shape.value_size], dim=1)
-        return KeyValuePrefix(
-            keys.reshape(len(rows), shape.heads, shape.key_size).transpose(0, 1),
-            values.reshape(len(rows), shape.heads, shape.value_size).transpose(0, 1),
-        )
 
 
 def as_rows(key: Tensor, value: Tensor) -> Tensor:

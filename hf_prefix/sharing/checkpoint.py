@@ -1,6 +1,6 @@
 """Reading saved prefixes, and refusing those that do not fit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from peft.utils.save_and_load import load_peft_weights
@@ -19,6 +19,9 @@ SAVED_FROZEN_VALUE = ".hf_prefix.hf_prefix_encoder.frozen_value"
 SAVED_FROZEN = (SAVED_FROZEN_KEY, SAVED_FROZEN_VALUE)
 """Those of frozen tokens, which are saved but are no parameters."""
 
+TRUNK_PART = ".hf_prefix_trunk."
+"""What is in every name of the part of the projection that attention modules share."""
+
 
 def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
     """Read a saved direct prefix.
@@ -36,8 +39,8 @@ def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
     names = [name.removesuffix(SAVED_KEY) for name in weights if name.endswith(SAVED_KEY)]
     if not names:
         raise PrefixError(
-            f"{folder!r} holds no keys and values of a prefix. If it was saved with its projection or embeddings, "
-            "load it, call fold_prefix(model) and save it again."
+            f"{folder!r} holds no keys and values of a prefix. If it is a training checkpoint, or was saved with its "
+            "projection or embeddings, load it, call fold_prefix(model) and save it to another folder."
         )
     for name, tensor in weights.items():
         _check_numbers(name, tensor)
@@ -67,6 +70,7 @@ def check_fits(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
         PrefixMismatchError: Tensors are missing, unknown, of another shape, or not finite.
     """
     missing, unknown = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
+    _check_form(saved, expected)
     if missing or unknown:
         raise PrefixMismatchError(
             f"The saved prefix is for another model or configuration: {len(missing)} tensors that this one needs "
@@ -81,6 +85,22 @@ def check_fits(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
                 "it on the base model that its adapter_config.json names."
             )
         _check_numbers(name, tensor)
+
+
+def _check_form(saved: Iterable[str], expected: Iterable[str]) -> None:
+    """Check that both are keys and values, or both a projection."""
+    in_file, in_model = (any(TRUNK_PART in name for name in names) for names in (saved, expected))
+    if in_file and not in_model:
+        raise PrefixMismatchError(
+            "The prefix was saved with its projection or embeddings, and this one has none. Attach it from its own "
+            "adapter_config.json (PeftModel.from_pretrained(model, folder))."
+        )
+    if in_model and not in_file:
+        raise PrefixMismatchError(
+            "The prefix was saved as keys and values, and this one has a projection or embeddings. Attach it from its "
+            "own adapter_config.json (PeftModel.from_pretrained(model, folder)); to go on with a projection load a "
+            "training checkpoint, or save with keep_projection=True."
+        )
 
 
 def _check_numbers(name: str, tensor: Tensor) -> None:
