@@ -216,6 +216,24 @@ def test_layers_of_different_shapes_and_parts_are_folded(name: str, tmp_path: Pa
     assert torch.equal(loaded(input_ids=words).logits, model(input_ids=words).logits)
 
 
+def test_frozen_tokens_stay_beside_what_is_folded(attached: Attach, tmp_path: Path) -> None:
+    model = attached(num_frozen_tokens=1, projection_init="mse", prefix_init="zero", **FOLDED)
+    model.save_pretrained(tmp_path)
+    assert not has_projection(tmp_path)
+    names = {name.rpartition(".")[2] for name in load_file(tmp_path / WEIGHTS)}
+    assert names == {"key", "value", "frozen_key", "frozen_value"}
+    loaded = PeftModel.from_pretrained(build(LLAMA), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_embeddings_are_exported_as_they_are(attached: Attach, tmp_path: Path) -> None:
+    model = attached(embedding_only=True)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(LLAMA), tmp_path).eval()
+    assert loaded.peft_config["default"].embedding_only
+    assert torch.equal(logits(loaded), logits(model))
+
+
 # --- The method that is covered ------------------------------------------------------------------------------
 
 

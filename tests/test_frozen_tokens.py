@@ -177,7 +177,7 @@ def test_only_learned_tokens_count_as_parameters(family: Family) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"is_trainable": True}, {"low_cpu_mem_usage": True}], ids=str)
 def test_saved_is_the_same(some_family: Family, projection: bool, options: dict[str, bool], tmp_path: Path) -> None:
-    model = frozen_model(some_family, projection)
+    model = frozen_model(some_family, projection, keep_projection=projection)
     train(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(some_family), tmp_path, **options).eval()
@@ -208,7 +208,7 @@ def test_transformers_loads_frozen_tokens(projection: bool, tmp_path: Path) -> N
     base = build(LLAMA)
     base.save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    model.add_adapter(prefix_config(LLAMA, projection, **OPTIONS))
+    model.add_adapter(prefix_config(LLAMA, projection, keep_projection=projection, **OPTIONS))
     model.save_pretrained(tmp_path / "prefix")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     loaded.load_adapter(str(tmp_path / "prefix"))

@@ -162,7 +162,7 @@ def test_an_offloaded_projection_can_be_folded() -> None:
 
 
 def test_an_unloaded_projection_is_noticed_at_its_trunk(tmp_path: Path) -> None:
-    attach(LLAMA, prefix_projection=True).save_pretrained(tmp_path)
+    attach(LLAMA, prefix_projection=True, keep_projection=True).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(build(LLAMA), tmp_path)
     fresh = get_peft_model(build(LLAMA), model.peft_config["default"])
     slices = {name: value for name, value in model.state_dict().items() if "hf_prefix_encoder" in name}
