@@ -194,9 +194,9 @@ def test_saved_is_the_same(some_family: Family, projection: bool, options: dict[
 def test_training_goes_on_from_a_checkpoint_with_its_frozen_tokens(projection: bool, tmp_path: Path) -> None:
     saved, other = (frozen_model(BART, projection, prefix_init_seed=seed) for seed in (0, 5))
     train(saved)
-    saved.save_pretrained(tmp_path)
+    saved.save_pretrained(tmp_path / "checkpoint-1")
     # What Trainer does when it resumes: it loads over the prefix that is attached.
-    other.load_adapter(tmp_path, "default", is_trainable=True)
+    other.load_adapter(tmp_path / "checkpoint-1", "default", is_trainable=True)
     assert_same(other, saved)
     for model in (saved, other):
         torch.manual_seed(0)
