@@ -19,6 +19,7 @@ from hf_prefix.attention.embedding_run import EmbeddingRun, check_embeddings_suf
 from hf_prefix.attention.infix import check_takes_infix
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.attention.positions import positions_module
+from hf_prefix.attention.sharding import check_undivided
 from hf_prefix.attention.sites import AttentionSite, check_can_scroll
 from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.attention.tuner_layer import CHILD_NAME, PrefixTunerLayer, prefix_layers, prefixes_off
@@ -89,6 +90,7 @@ class PrefixModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: PrefixConfig, model: nn.Module) -> None:
+        check_undivided(model)
         with prefixes_off(model):
             sites = _select(find_sites(model), peft_config, model)
             self._matcher = _matcher(sites, peft_config)

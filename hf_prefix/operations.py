@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from hf_prefix.attention.discovery import find_sites
 from hf_prefix.attention.embedding_run import embed
 from hf_prefix.attention.layer import PrefixLayer
+from hf_prefix.attention.sharding import check_undivided
 from hf_prefix.attention.sites import AttentionSite
 from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.attention.tuner_layer import CHILD_NAME, prefix_layers, prefixes_off
@@ -20,6 +21,7 @@ from hf_prefix.initialization import Start, cache_start, checked_start, known_to
 from hf_prefix.prefix.embedding_only import PrefixEmbedding
 from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, SharedPart
 from hf_prefix.prefix.fitting import initialize_encoders
+from hf_prefix.prefix.key_value import KeyValuePrefix
 
 
 def fold_prefix(model: nn.Module, adapter_name: str = "default") -> None:
@@ -35,7 +37,9 @@ def fold_prefix(model: nn.Module, adapter_name: str = "default") -> None:
 
     Raises:
         PrefixError: The model has no such prefix.
+        UnsupportedModelError: Its parameters are divided among processes.
     """
+    check_undivided(model)
     layers = _layers_with(model, adapter_name)
     with torch.no_grad():
         for trunk in _trunks(model, adapter_name):
@@ -66,6 +70,7 @@ def initialize_from_text(
     Raises:
         PrefixError: The model has no such prefix, the text has more or fewer tokens than it, or tokens that the model
             does not know.
+        UnsupportedModelError: The model's parameters are divided among processes.
     """
     sites, config = _sites_with(model, adapter_name), _config(model, adapter_name)
     token_ids = text_tokens(text, tokenizer)
@@ -97,6 +102,7 @@ def initialize_from_cache(model: nn.Module, cache: Cache, adapter_name: str = "d
     Raises:
         PrefixError: The model has no such prefix, or the cache does not hold what it needs.
         PrefixMismatchError: The cache has other shapes or another length.
+        UnsupportedModelError: The model's parameters are divided among processes.
     """
     sites, config = _sites_with(model, adapter_name), _config(model, adapter_name)
     start = checked_start(cache_start(cache, sites), sites, config.num_virtual_tokens)
@@ -117,7 +123,9 @@ def _sites_with(model: nn.Module, adapter_name: str) -> list[AttentionSite]:
 
     Raises:
         PrefixError: There is none.
+        UnsupportedModelError: The model's parameters are divided among processes.
     """
+    check_undivided(model)
     layers, base = _layers_with(model, adapter_name), _base_model(model)
     with prefixes_off(base):
         return [site for site in find_sites(base) if _layer_of(site) in layers]
@@ -158,7 +166,7 @@ def _folded(encoder: PrefixEncoder) -> PrefixEncoder:
         return encoder
     direct = DirectPrefix(encoder.shape, encoder.dropout, awaiting_weights=False).train(encoder.training)
     # Without dropout, and not by its parameters, which may be offloaded until it is called.
-    prefix = encoder.eval()()
+    prefix = KeyValuePrefix(*encoder.eval()())
     direct.to(prefix.key.device).requires_grad_(encoder.learned()[0].requires_grad)
     direct.initialize(prefix.key, prefix.value)
     return direct

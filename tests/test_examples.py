@@ -17,7 +17,10 @@ TESTED_HERE = {
     "compress_prompt.py",
     "distill_webnlg.py",
 }
-TESTED_ELSEWHERE = {"build_demo_data.py": "tests/test_demo.py"}
+TESTED_ELSEWHERE = {
+    "build_demo_data.py": "tests/test_demo.py",
+    "distributed/train.py": "tests/test_distributed.py",
+}
 
 
 def run(name: str, *arguments: str) -> str:

@@ -17,6 +17,7 @@ from families import Family, build, tokens
 from hf_prefix import PrefixError, PrefixMismatchError, fold_prefix, initialize_from_cache
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.prefix.encoders import PrefixEncoder
+from hf_prefix.prefix.key_value import KeyValuePrefix
 from upstream import aligned, checkpoint_activations
 
 FROZEN = 2
@@ -43,7 +44,7 @@ def encoders(model: nn.Module, name: str = "default") -> list[PrefixEncoder]:
 def key_values(model: nn.Module, name: str = "default") -> list[Tensor]:
     """Return copies of the keys and values of every attention module [heads, tokens, size]."""
     with torch.no_grad():
-        prefixes = [encoder() for encoder in encoders(model, name)]
+        prefixes = [KeyValuePrefix(*encoder()) for encoder in encoders(model, name)]
     return [tensor.clone() for prefix in prefixes for tensor in (prefix.key, prefix.value)]
 
 

@@ -324,8 +324,7 @@ def with_prefix_on_top(cache: QuantizedCache, model: PeftModel) -> QuantizedCach
 
     def behind_prefix(key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = update(key, value, layer_idx, *args, **kwargs)
-        prefix, rows = prefixes[layer_idx], key.shape[0]
-        front = [states.expand(rows, -1, -1, -1) for states in (prefix.key, prefix.value)]
+        front = [states.expand(key.shape[0], -1, -1, -1) for states in prefixes[layer_idx]]
         return torch.cat([front[0], keys], dim=2), torch.cat([front[1], values], dim=2)
 
     cache.update = behind_prefix

@@ -13,6 +13,7 @@ from adapters import GPT2, LLAMA, attach, logits, prefix_config
 from families import Family, build, tokens
 from hf_prefix import PrefixError, initialize_from_text
 from hf_prefix.attention.layer import PrefixLayer
+from hf_prefix.prefix.key_value import KeyValuePrefix
 
 TEXT = "w20 w30 w40 w50 w60"
 IDS = [20, 30, 40, 50, 60]
@@ -57,7 +58,7 @@ def test_encoder_decoder_prefix_is_what_it_is_when_attached_with_the_tokens(
     attached = attach(seq2seq_family, num_virtual_tokens=5, prefix_init="token_ids", prefix_init_token_ids=IDS)
     assert len(layers(model)) == sum(count for count, _, _ in seq2seq_family.shape.values())
     for found, wanted in zip(layers(model), layers(attached), strict=True):
-        one, other = found.encoder("default")(), wanted.encoder("default")()
+        one, other = KeyValuePrefix(*found.encoder("default")()), KeyValuePrefix(*wanted.encoder("default")())
         torch.testing.assert_close([one.key, one.value], [other.key, other.value], atol=1e-5, rtol=0)
 
 
@@ -77,7 +78,8 @@ def test_mse_comes_near_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
     def error(of: nn.Module) -> float:
         with torch.no_grad():
             states = [
-                [m.encoder("default")() for m in x.modules() if isinstance(m, PrefixLayer)] for x in (of, direct)
+                [KeyValuePrefix(*m.encoder("default")()) for m in x.modules() if isinstance(m, PrefixLayer)]
+                for x in (of, direct)
             ]
         return sum((one.key - other.key).square().sum().item() for one, other in zip(*states, strict=True))
 

@@ -13,6 +13,7 @@ from families import Family, build
 from hf_prefix import fold_prefix
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.prefix.encoders import PrefixTrunk, ProjectedPrefix
+from hf_prefix.prefix.key_value import KeyValuePrefix
 
 OPTIONS: dict[str, Any] = {"num_virtual_tokens": 5, "prefix_init": "real_tokens"}
 
@@ -36,7 +37,7 @@ def slices(model: nn.Module, name: str = "default") -> list[ProjectedPrefix]:
 def key_values(model: nn.Module, name: str = "default") -> list[Tensor]:
     """Return the keys and values of every attention module."""
     with torch.no_grad():
-        prefixes = [encoder() for encoder in slices(model, name)]
+        prefixes = [KeyValuePrefix(*encoder()) for encoder in slices(model, name)]
     return [tensor for prefix in prefixes for tensor in (prefix.key, prefix.value)]
 
 
@@ -55,7 +56,7 @@ def parameters(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 def fitted_slowly(family: Family) -> PeftModel:
     """Fit the projection as the original code does: forward, loss over all numbers of a role, backward, Adam."""
     model = projected(family, prefix_init="random", projection_init="least_squares")
-    start = [encoder() for encoder in slices(attach(family, **OPTIONS))]
+    start = [KeyValuePrefix(*encoder()) for encoder in slices(attach(family, **OPTIONS))]
     targets = {encoder: (start[i].key.detach(), start[i].value.detach()) for i, encoder in enumerate(slices(model))}
     for trunk in (module for module in model.modules() if isinstance(module, PrefixTrunk)):
         role = [encoder for encoder in slices(model) if encoder.trunk is trunk]
@@ -65,7 +66,7 @@ def fitted_slowly(family: Family) -> PeftModel:
         optimizer = torch.optim.Adam(moved, lr=1e-4)
         for _ in range(500):
             trunk.begin_forward(lambda: 0)
-            prefixes = [encoder() for encoder in role]
+            prefixes = [KeyValuePrefix(*encoder()) for encoder in role]
             found = torch.cat([tensor.flatten() for prefix in prefixes for tensor in (prefix.key, prefix.value)])
             optimizer.zero_grad()
             nn.functional.mse_loss(found, wanted).backward()

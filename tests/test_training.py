@@ -24,6 +24,7 @@ from hf_prefix.training import (
     resolve_pad_token_id,
 )
 from hf_prefix.training.prompting import PromptedBaseline
+from test_training_guarantees import in_training
 from tiny_model import CONTEXT, tiny_bart, tiny_llama, tiny_tokenizer
 
 PAIRS = [("name : A", "A is here."), ("name : Bee | food : tea", "Bee serves tea."), ("x : y", "Yes, x is y, always.")]
@@ -244,6 +245,27 @@ def test_both_trainers_learn_the_same_prefix(accumulation: int, tmp_path: Any):
     for (name, found), wanted in zip(ours.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
         assert torch.equal(found, fresh[name]) != found.requires_grad
+
+
+def test_an_encoder_decoder_takes_the_same_steps_in_accumulated_batches(tmp_path: Any):
+    # Targets of unequal length, so that a mean of means is not the mean.
+    pairs = PairEncoder(tiny_tokenizer(), is_encoder_decoder=True).encode_pairs(PAIRS * 4)
+    found = {}
+    for rows in (4, 2, 1):
+        options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 4 // rows, "optim": "sgd"}
+        model = in_training(with_prefix(tiny_bart()))
+        trainer = PrefixTrainer(
+            model,
+            arguments(tmp_path, learning_rate=1.0, logging_steps=1, **options),
+            data_collator=PairCollator(0, is_encoder_decoder=True),
+            train_dataset=pairs,
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found[rows] = [torch.tensor(losses), *(p for p in model.parameters() if p.requires_grad)]
+    for rows in (2, 1):
+        for one, whole in zip(found[rows], found[4], strict=True):
+            torch.testing.assert_close(one, whole, atol=2e-6, rtol=0)
 
 
 def test_evaluation_reports_a_loss_that_is_not_finite_instead_of_raising(tmp_path: Any):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_prefix.attention.exceptions import needs_token_ids, tokens_in_front
 from hf_prefix.attention.placement import CPU, device_of, has_weights
 from hf_prefix.attention.recording import record_states, recording
+from hf_prefix.attention.sharding import check_can_run_twice
 from hf_prefix.attention.sites import AttentionSite, forward_parameters, text_config, tokens_per_place
 from hf_prefix.attention.tuner_layer import prefixes_off
 from hf_prefix.errors import UnsupportedModelError
@@ -44,7 +45,11 @@ class EmbeddingRun:
 
         Args:
             embeddings: [length, width]
+
+        Raises:
+            UnsupportedCallError: It shall learn while the model's parameters are divided among processes.
         """
+        check_can_run_twice(self.stack)
         rows = embeddings[None].to(input_dtype(self.stack))
         with prefixes_off(self.root), recording(self.stack, self.modules.values()) as calls:
             # With a cache, since some modules work only on the real thing.

@@ -16,6 +16,7 @@ from hf_prefix.attention.placement import device_of
 from hf_prefix.attention.position_bias import PositionBias
 from hf_prefix.attention.replacement import Replacement
 from hf_prefix.attention.selection import KeySelection
+from hf_prefix.attention.sharding import may_be_gathered
 from hf_prefix.attention.shared_keys import SharedKeys
 from hf_prefix.attention.sites import (
     BIAS_ARGUMENT,
@@ -119,12 +120,12 @@ class PrefixLayer(PrefixTunerLayer):
 
         Without gradients the result is prepared once and kept until a parameter changes, so that decoding does
         not evaluate the MLP, nor cast anything, at each step. The first run of reentrant checkpointing is no such
-        case: it asks the shared trunk as its second run will.
+        case: it asks the shared trunk as its second run will. Among several processes nothing is kept.
         """
         encoders = self._active_encoders()
         drops_out = self.training and any(encoder.dropout > 0 for encoder in encoders)
         learning = self._call.with_gradients or torch.is_grad_enabled()
-        if learning or torch.compiler.is_compiling() or drops_out:
+        if learning or torch.compiler.is_compiling() or drops_out or may_be_gathered():
             return _concatenated(encoders).to(like)
         state = (like.dtype, like.device, [encoder.version() for encoder in encoders])
         if self._ready is None or self._ready[0] != state:
@@ -248,4 +249,4 @@ class PrefixLayer(PrefixTunerLayer):
 
 
 def _concatenated(encoders: list[PrefixEncoder]) -> KeyValuePrefix:
-    return KeyValuePrefix.concatenate([encoder() for encoder in encoders])
+    return KeyValuePrefix.concatenate([KeyValuePrefix(*encoder()) for encoder in encoders])

@@ -22,11 +22,13 @@ from hf_prefix.attention.relative_bias import (
     zero_behind_prefix,
 )
 from hf_prefix.attention.replacement import Replacement
+from hf_prefix.attention.sharding import call_with_whole_tables
 from hf_prefix.attention.sites import (
     ALIBI_ARGUMENT,
     BIAS_ARGUMENT,
     KEY_POSITIONS_ARGUMENT,
     AttentionSite,
+    RelativeBias,
     computes_own_bias,
     forward_parameters,
     hands_bias_on,
@@ -44,7 +46,8 @@ class PositionBias:
     """
 
     def __init__(self, site: AttentionSite, prefix_length: Callable[[], int]) -> None:
-        self._prefix_length, self._owner, self._slopes = prefix_length, site.bias_owner, site.slopes
+        self._prefix_length, self._slopes = prefix_length, site.slopes
+        self._owner = None if site.bias_owner is None else _BiasOfAnother(site.bias_owner)
         self._mask_argument, self._hands_on = site.mask_argument, hands_bias_on(site.module)
         self._computed, self._distances = ComputedBias(prefix_length), KeyDistances(prefix_length)
 
@@ -83,6 +86,26 @@ class PositionBias:
         if prefix_length == 0:
             return output
         return (output[0], output[1][..., prefix_length:], *output[2:])
+
+
+class _BiasOfAnother:
+    """The bias that another attention module learns, asked for while that one does not run."""
+
+    def __init__(self, attention: RelativeBias) -> None:
+        self._attention = attention
+
+    def compute_bias(
+        self, query_length: int, key_length: int, *, device: torch.device, past_seen_tokens: int | Tensor
+    ) -> Tensor:
+        bias: Tensor = call_with_whole_tables(
+            cast(nn.Module, self._attention),
+            "compute_bias",
+            query_length,
+            key_length,
+            device=device,
+            past_seen_tokens=past_seen_tokens,
+        )
+        return bias
 
 
 class ComputedBias:

@@ -99,7 +99,17 @@ class PrefixStack(PrefixTunerLayer):
             trunk.to(device or device_of(self._stack[0]))
 
     def begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-        """Let the trunks be evaluated anew, once, in the forward pass that begins; look for packed rows."""
+        """Let the trunks be evaluated anew, once, in the forward pass that begins; look for packed rows.
+
+        Raises:
+            UnsupportedCallError: The module is a copy for a thread, or rows are packed in a way that is not supported.
+        """
+        if getattr(module, "_is_replica", False) and self.active_names(self.hf_prefix_offset):
+            raise UnsupportedCallError(
+                "torch.nn.DataParallel, which Trainer uses when one process sees several GPUs, runs copies of the "
+                "model in threads, which would share one prefix. Start one process per GPU (torchrun or accelerate "
+                "launch), or show the process one GPU only (CUDA_VISIBLE_DEVICES=0)."
+            )
         arguments = named_arguments(module, args, kwargs)
         if self.role == "decoder" and self.active_names(self.hf_prefix_offset):
             check_packing(module, arguments, self.call)

@@ -114,8 +114,8 @@ class PrefixEncoder(nn.Module, ABC):
         """Identify what the keys and values are at present: equal as long as they stay the same."""
         return [version_of(parameter) for parameter in self.sources()]
 
-    def forward(self) -> KeyValuePrefix:
-        """Return the keys and values of all virtual tokens.
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return key and value of all virtual tokens, bare, because the hooks of ZeRO-3 look into tuples only.
 
         Raises:
             PrefixNotLoadedError: The prefix was attached from a saved configuration and never got its weights.
@@ -128,9 +128,10 @@ class PrefixEncoder(nn.Module, ABC):
             dropout = nn.functional.dropout
             prefix = KeyValuePrefix(dropout(prefix.key, self.dropout), dropout(prefix.value, self.dropout))
         if self.frozen_key is None:
-            return prefix
+            return prefix.key, prefix.value
         value = self.frozen_key[..., :0] if self.frozen_value is None else self.frozen_value
-        return KeyValuePrefix.concatenate([KeyValuePrefix(self.frozen_key, value).to(prefix.key), prefix])
+        prefix = KeyValuePrefix.concatenate([KeyValuePrefix(self.frozen_key, value).to(prefix.key), prefix])
+        return prefix.key, prefix.value
 
 
 class DirectPrefix(PrefixEncoder):
