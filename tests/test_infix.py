@@ -97,7 +97,7 @@ def encoders(model: PeftModel) -> list[nn.Module]:
 
 def infix(model: PeftModel) -> list[KeyValuePrefix]:
     """Return the keys and values of each layer."""
-    return [encoder() for encoder in encoders(model)]
+    return [KeyValuePrefix(*encoder()) for encoder in encoders(model)]
 
 
 # --- Where it stands ----------------------------------------------------------------------------------------
