@@ -25,7 +25,7 @@ from tiny_model import save_with_tokenizer, tiny_bart, tiny_gpt2, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
-COMMANDS = ["quickstart", "train", "generate", "evaluate", "inspect"]
+COMMANDS = ["quickstart", "train", "distill", "generate", "evaluate", "inspect"]
 
 
 @pytest.fixture(scope="module")

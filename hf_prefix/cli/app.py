@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from hf_prefix import __version__
-from hf_prefix.cli import evaluate, generate, inspect, quickstart, train
+from hf_prefix.cli import distill, evaluate, generate, inspect, quickstart, train
 from hf_prefix.cli.console import ReadableErrorsGroup, quiet_libraries
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ def options(
 
 app.command(epilog=quickstart.EXAMPLES)(quickstart.quickstart)
 app.command(epilog=train.EXAMPLES)(train.train)
+app.command(epilog=distill.EXAMPLES)(distill.distill)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)

@@ -1,6 +1,7 @@
 """Reads the records that a command works on, from `--data` or `--task-folder`."""
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,3 +130,34 @@ def choose_dev_source(
     if task_folder is None:
         raise typer.BadParameter("--dev-split belongs to --task-folder; use --dev-data.")
     return FolderSource(task_folder, [dev_split])
+
+
+def read_lines(path: Path | None) -> list[str]:
+    """Read source texts, one per line; blank lines are left out.
+
+    Args:
+        path: The file; None or "-" is stdin.
+
+    Raises:
+        DataError: There is no text in it, or it is not UTF-8.
+    """
+    lines = sys.stdin.read().splitlines() if path is None or str(path) == "-" else read_text(path).splitlines()
+    sources = [line for line in lines if line.strip()]
+    if not sources:
+        raise DataError(f"{path} holds no source text; give one per line.")
+    return sources
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text: {error}") from error

@@ -1,15 +1,14 @@
 """`hf-prefix generate`: writes texts with a trained prefix."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hf_prefix.cli import options
+from hf_prefix.cli.data import read_lines
 from hf_prefix.cli.loading import load_prefix
 from hf_prefix.cli.scoring import decoding_settings, predict_with_prefix
-from hf_prefix.errors import DataError
 
 EXAMPLES = """Examples:
 
@@ -36,7 +35,7 @@ def generate(
     """Write one text per source text to stdout, each on a line of its own."""
     if bool(texts) == (input_file is not None):
         raise typer.BadParameter("give either source texts as arguments or a file with --input.")
-    sources = texts or _read_lines(input_file)
+    sources = texts or read_lines(input_file)
     trained = load_prefix(prefix, model, gguf_file)
     settings = decoding_settings(trained.record, max_new_tokens, num_beams, batch_size)
     if no_prefix:
@@ -46,14 +45,3 @@ def generate(
         written = predict_with_prefix(trained, sources, settings, "Generating")
     for text in written:
         typer.echo(text)
-
-
-def _read_lines(path: Path | None) -> list[str]:
-    if path is None or str(path) == "-":
-        lines = sys.stdin.read().splitlines()
-    else:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    sources = [line for line in lines if line.strip()]
-    if not sources:
-        raise DataError(f"{path} holds no source text; give one per line.")
-    return sources
