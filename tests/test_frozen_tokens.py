@@ -124,6 +124,21 @@ def test_frozen_prefix_of_tokens_is_that_prompt(causal_family: Family, projectio
     torch.testing.assert_close(model(input_ids=words).logits, wanted, atol=1e-4, rtol=0)
 
 
+def test_infix_has_frozen_tokens_as_well(projection: bool) -> None:
+    words = tokens(2, 7)
+    words[:, 3] = 9
+    infix = {"placement": "infix", "infix_separator_token_id": 9}
+    models = [
+        frozen_model(LLAMA, projection, **infix),
+        attach(LLAMA, num_virtual_tokens=5, prefix_init="real_tokens", **infix),
+        frozen_model(LLAMA, projection),
+    ]
+    with torch.no_grad():
+        found, wanted, prefix = (model(input_ids=words).logits for model in models)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert not torch.allclose(found, prefix, atol=1e-2)
+
+
 def test_cache_gives_the_frozen_tokens_too(projection: bool) -> None:
     cache = DynamicCache()
     with torch.no_grad():
