@@ -8,6 +8,7 @@ passes when the numbers agree with the base model given the real thing, to 1e-4 
 """
 
 import contextlib
+import inspect
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,6 +48,8 @@ DECODER = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+# transformers 5.24 renamed the argument and the field of the output.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -178,12 +181,13 @@ def static_cache(method: Method) -> bool:
 
 
 def users_cache(method: Method) -> bool:
-    """A cache that the user passes is the one that is filled."""
-    model = method.attach(llama())
+    """A cache that the user passes is the one that is filled, and the prefix is still seen."""
+    model, tokens = method.attach(llama()), words(1, 7)
     cache = StaticCache(config=model.config, max_cache_len=32)
     with torch.no_grad():
-        model(input_ids=words(1, 7), past_key_values=cache)
-    return int(cache.get_seq_length()) == 7
+        wanted = model(input_ids=tokens).logits
+        found = model(input_ids=tokens, **{CACHE: cache}).logits
+    return int(cache.get_seq_length()) == 7 and close(found, wanted)
 
 
 def second_turn(method: Method) -> bool:
@@ -191,8 +195,8 @@ def second_turn(method: Method) -> bool:
     model, tokens = method.attach(llama()), words(1, 10)
     with torch.no_grad():
         whole = model(input_ids=tokens).logits[:, 7:]
-        cache = model(input_ids=tokens[:, :7], use_cache=True).past_key_values
-        return close(model(input_ids=tokens[:, 7:], past_key_values=cache).logits, whole)
+        cache = getattr(model(input_ids=tokens[:, :7], use_cache=True), CACHE)
+        return close(model(input_ids=tokens[:, 7:], **{CACHE: cache}).logits, whole)
 
 
 def left_padding(method: Method) -> bool:

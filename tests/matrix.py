@@ -11,6 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, Sta
 
 from families import FAMILIES, PAD, START, Family, build, tokens
 from hf_prefix import PrefixConfig
+from upstream import CACHE
 
 PREFIX_LENGTH = 5
 NEW_TOKENS = 6
@@ -166,7 +167,7 @@ def stepwise_logits(
         chunks: Lengths of the chunks; they sum up to the length.
     """
     name = "decoder_input_ids" if family.is_encoder_decoder else "input_ids"
-    common: Arguments = {"past_key_values": cache, "use_cache": True}
+    common: Arguments = {CACHE: cache, "use_cache": True}
     if family.is_encoder_decoder:
         common["attention_mask"] = batch.mask
         common["encoder_outputs"] = model.get_base_model().get_encoder()(

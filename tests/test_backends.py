@@ -37,7 +37,7 @@ from matrix import (
     stepwise_logits,
     trainable,
 )
-from upstream import skip_before
+from upstream import CACHE, skip_before
 
 pytestmark = [
     # transformers 5.23 still sets the flag that torch 2.13 deprecates.
@@ -382,7 +382,7 @@ def test_packed_rows_are_refused_where_they_are_not_kept_apart(packable: Family,
         model(**row)
     cache = new_cache("dynamic", model, packable, capacity=20, source=0)
     with pytest.raises(UnsupportedCallError, match=r"start again within a row.*pass use_cache=False"):
-        model(**row, past_key_values=cache)
+        model(**row, **{CACHE: cache})
     with pytest.raises(UnsupportedCallError, match="boundaries of packed sequences came without position_ids"):
         model(input_ids=row["input_ids"], **boundaries((7, 5)))
     # Positions of one sequence are fine, wherever they start.

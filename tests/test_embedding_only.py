@@ -35,7 +35,7 @@ from matrix import (
 )
 from test_training_guarantees import in_training
 from tiny_model import tiny_llama, tiny_tokenizer
-from upstream import checkpoint_activations
+from upstream import CACHE, checkpoint_activations
 from zoo import build as build_zoo
 from zoo import entries
 
@@ -223,22 +223,22 @@ def test_changed_embeddings_are_used_from_the_next_step_on(monkeypatch: pytest.M
     runs = count_calls(monkeypatch, PrefixEmbedding, "forward")
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     for each, cache in zip((model, direct), caches, strict=True):
-        each(input_ids=tokens(1, 4), past_key_values=cache)
+        each(input_ids=tokens(1, 4), **{CACHE: cache})
     other = list(reversed(PROMPT))
     embedding(model).copy_(model.get_input_embeddings()(torch.tensor(other)))
     changed = from_prompt(LLAMA, embedding_only=False, prefix_init_token_ids=other)
     step = tokens(1, 1, seed=9)
-    wanted = changed(input_ids=step, past_key_values=caches[1]).logits
-    assert_same(model(input_ids=step, past_key_values=caches[0]).logits, wanted)
+    wanted = changed(input_ids=step, **{CACHE: caches[1]}).logits
+    assert_same(model(input_ids=step, **{CACHE: caches[0]}).logits, wanted)
     assert len(runs) == 2
 
 
 def test_a_step_without_gradients_after_one_with_them_is_no_reentrant_checkpointing() -> None:
     model, cache = from_prompt(LLAMA), DynamicCache()
     words = tokens(1, 5)
-    model(input_ids=words[:, :4], past_key_values=cache)
+    model(input_ids=words[:, :4], **{CACHE: cache})
     with torch.no_grad():
-        last = model(input_ids=words[:, 4:], past_key_values=cache).logits
+        last = model(input_ids=words[:, 4:], **{CACHE: cache}).logits
         assert_same(last, model(input_ids=words).logits[:, 4:])
 
 
@@ -394,7 +394,7 @@ def test_a_model_that_does_more_with_tokens_than_embed_them_is_refused(monkeypat
 def test_keys_and_values_give_no_embeddings() -> None:
     model, cache = from_prompt(LLAMA), DynamicCache()
     with torch.no_grad(), model.disable_adapter():
-        model(input_ids=tokens(1, PREFIX_LENGTH), past_key_values=cache)
+        model(input_ids=tokens(1, PREFIX_LENGTH), **{CACHE: cache})
     with pytest.raises(PrefixError, match="cannot be found from keys and values"):
         initialize_from_cache(model, cache)
 

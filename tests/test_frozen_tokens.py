@@ -18,7 +18,7 @@ from hf_prefix import PrefixError, PrefixMismatchError, fold_prefix, initialize_
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.prefix.encoders import PrefixEncoder
 from hf_prefix.prefix.key_value import KeyValuePrefix
-from upstream import aligned, checkpoint_activations
+from upstream import CACHE, aligned, checkpoint_activations
 
 FROZEN = 2
 TOKEN_IDS = [10, 11, 12, 13, 14]
@@ -142,7 +142,7 @@ def test_infix_has_frozen_tokens_as_well(projection: bool) -> None:
 def test_cache_gives_the_frozen_tokens_too(projection: bool) -> None:
     cache = DynamicCache()
     with torch.no_grad():
-        build(LLAMA)(input_ids=torch.tensor([TOKEN_IDS]), past_key_values=cache)
+        build(LLAMA)(input_ids=torch.tensor([TOKEN_IDS]), **{CACHE: cache})
     model = frozen_model(LLAMA, projection, prefix_init="zero")
     initialize_from_cache(model, cache)
     expected = [tensor[0] for layer in cache.layers for tensor in (layer.keys, layer.values)]

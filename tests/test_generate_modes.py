@@ -43,7 +43,7 @@ from matrix import (
     source_batch,
 )
 from tiny_model import tiny_llama, tiny_tokenizer
-from upstream import PAGE_SIZE, skip_speculation
+from upstream import CACHE, PAGE_SIZE, skip_speculation
 
 STATIC = {"cache_implementation": "static"}
 NO_CACHE = {"use_cache": False}
@@ -345,7 +345,7 @@ def quantised_answer(model: PeftModel, base: PreTrainedModel, cache: QuantizedCa
                 input_ids=new,
                 attention_mask=mask[None, None],
                 position_ids=places[None] + PREFIX_LENGTH,
-                past_key_values=cache,
+                **{CACHE: cache},
             ).logits[:, -1]
         )
         choices = logits[-1].clone()
@@ -367,7 +367,7 @@ def test_a_quantised_cache_quantises_the_words_and_not_the_prefix(
     settings = {"cache_implementation": "quantized", "cache_config": dict(quantisation)}
     assert_same(greedy_logits(model, batch, new_tokens=MANY, **settings), wanted)
     given = QuantizedCache(config=model.config, **quantisation)
-    assert_same(greedy_logits(model, batch, new_tokens=MANY, past_key_values=given), wanted)
+    assert_same(greedy_logits(model, batch, new_tokens=MANY, **{CACHE: given}), wanted)
     exact = answer(model, family, batch, 1)[1]
     assert_same(wanted[:, :1], exact)
     assert (wanted - greedy_logits(model, batch, new_tokens=MANY)).abs().max() > 1e-3

@@ -26,7 +26,7 @@ from matrix import (
     source_batch,
     stepwise_logits,
 )
-from upstream import skip_before
+from upstream import CACHE, cache_of, skip_before
 
 CACHES: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}, {"use_cache": False}]
 
@@ -68,7 +68,7 @@ def test_generate_on_a_cache_of_the_user(family: Family, backend: str, kind: str
     model = attach(family, backend)
     batch = source_batch(family)
     cache = new_cache(kind, model, family, capacity=LENGTH + NEW_TOKENS, source=LENGTH)
-    assert_same(greedy_logits(model, batch, past_key_values=cache), answer(model, family, batch)[1])
+    assert_same(greedy_logits(model, batch, **{CACHE: cache}), answer(model, family, batch)[1])
     decoded = NEW_TOKENS if family.is_encoder_decoder else LENGTH + NEW_TOKENS - 1
     assert int(cache.get_seq_length()) == decoded
 
@@ -79,10 +79,10 @@ def test_a_cache_can_be_reset_and_used_again(family: Family, backend: str, kind:
         skip_before("5.18", "keeps the tokens of a dynamic cache that is reset, as zeros")
     model = attach(family, backend)
     cache = new_cache(kind, model, family, capacity=LENGTH + NEW_TOKENS, source=LENGTH)
-    greedy(model, only_words(2, LENGTH), past_key_values=cache)
+    greedy(model, only_words(2, LENGTH), **{CACHE: cache})
     cache.reset()
     batch = source_batch(family)
-    assert_same(greedy_logits(model, batch, past_key_values=cache), answer(model, family, batch)[1])
+    assert_same(greedy_logits(model, batch, **{CACHE: cache}), answer(model, family, batch)[1])
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -90,10 +90,10 @@ def test_a_second_turn_goes_on_from_the_returned_cache(causal_family: Family, ba
     model = attach(causal_family, backend)
     batch = only_words(2, 11)
     cache = new_cache(kind, model, causal_family, capacity=60, source=0)
-    first = greedy(model, batch, past_key_values=cache, return_dict_in_generate=True)
+    first = greedy(model, batch, **{CACHE: cache}, return_dict_in_generate=True)
     said = torch.cat([first.sequences, tokens(2, 5, seed=7)], dim=1)
     both = Batch(said, torch.ones_like(said))
-    second = greedy(model, both, past_key_values=first.past_key_values)
+    second = greedy(model, both, **{CACHE: cache_of(first)})
     assert torch.equal(second, greedy(model, both, use_cache=False))
 
 
@@ -104,13 +104,11 @@ def test_a_decoder_goes_on_from_the_returned_cache(seq2seq_family: Family, backe
     model = attach(seq2seq_family, backend)
     batch = only_words(2, 11)
     cache = new_cache(kind, model, seq2seq_family, capacity=60, source=11)
-    first = greedy(model, batch, past_key_values=cache, return_dict_in_generate=True)
+    first = greedy(model, batch, **{CACHE: cache}, return_dict_in_generate=True)
     said = torch.cat([first.sequences, tokens(2, 5, seed=7)], dim=1)
     cached = int(cache.get_seq_length())
     encoded = model.get_base_model().get_encoder()(input_ids=batch.words)
-    second = model(
-        encoder_outputs=encoded, decoder_input_ids=said[:, cached:], past_key_values=first.past_key_values
-    ).logits
+    second = model(encoder_outputs=encoded, decoder_input_ids=said[:, cached:], **{CACHE: cache_of(first)}).logits
     assert_same(second, model(input_ids=batch.words, decoder_input_ids=said).logits[:, cached:])
 
 

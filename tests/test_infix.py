@@ -29,7 +29,7 @@ from matrix import (
     trainable,
 )
 from test_training_guarantees import in_training
-from upstream import checkpoint_activations
+from upstream import CACHE, checkpoint_activations
 from zoo import build as build_zoo
 from zoo import entries
 
@@ -68,7 +68,7 @@ def slow_answer(model: PeftModel, words: Tensor, prompt: int, inside: list[KeyVa
     places, cache = torch.arange(start, start + prompt)[None], DynamicCache(config=model.config)
     parts = []
     with model.disable_adapter():
-        parts.append(model(input_ids=words[None, :prompt], position_ids=places, past_key_values=cache).logits)
+        parts.append(model(input_ids=words[None, :prompt], position_ids=places, **{CACHE: cache}).logits)
         for module, prefix in zip(attention_modules(model), inside, strict=True):
             layer = cache.layers[module.layer_idx]
             layer.keys = torch.cat([layer.keys, prefix.key[None]], dim=-2)
@@ -78,7 +78,7 @@ def slow_answer(model: PeftModel, words: Tensor, prompt: int, inside: list[KeyVa
         if rest:
             places = torch.arange(rest)[None] + start + prompt + PREFIX_LENGTH
             mask = torch.ones(1, prompt + PREFIX_LENGTH + rest)
-            options = {"position_ids": places, "attention_mask": mask, "past_key_values": cache}
+            options = {"position_ids": places, "attention_mask": mask, CACHE: cache}
             parts.append(model(input_ids=words[None, prompt:], **options).logits)
     return torch.cat(parts, dim=1)[0]
 
@@ -142,7 +142,7 @@ def test_from_the_activations_of_tokens_it_is_these_tokens(causal_family: Family
     start = first_position(base, len(prompt))
     real = torch.cat([prompt, inside, rest])
     places = torch.arange(start, start + len(real))[None]
-    wanted = base(input_ids=real[None], position_ids=places, past_key_values=cache).logits[0]
+    wanted = base(input_ids=real[None], position_ids=places, **{CACHE: cache}).logits[0]
     model, slots = with_infix(causal_family, backend), slice(len(prompt), len(prompt) + PREFIX_LENGTH)
     for layer, (key, value) in zip(cache.layers, parameter_pairs(model), strict=True):
         key.copy_(layer.keys[0, :, slots])
@@ -233,16 +233,16 @@ def test_a_cache_carries_the_end_of_each_prompt(causal_family: Family) -> None:
     for length in (6, 1, 2):
         place += length
         part, mask = batch.words[:, place - length : place], batch.mask[:, :place]
-        parts.append(model(input_ids=part, attention_mask=mask, past_key_values=cache).logits)
+        parts.append(model(input_ids=part, attention_mask=mask, **{CACHE: cache}).logits)
     assert_same(torch.cat(parts, dim=1)[batch.real], wanted[batch.real])
 
 
 @torch.no_grad()
 def test_a_later_separator_in_a_cached_turn_moves_nothing() -> None:
     model, cache, words = with_infix(LLAMA), DynamicCache(), row(5, 4)
-    model(input_ids=words[None, :7], past_key_values=cache)
+    model(input_ids=words[None, :7], **{CACHE: cache})
     words[7] = SEPARATOR
-    found = model(input_ids=words[None, 7:], past_key_values=cache).logits[0]
+    found = model(input_ids=words[None, 7:], **{CACHE: cache}).logits[0]
     assert_same(found, slow_answer(model, words, 5)[7:])
 
 
@@ -355,16 +355,16 @@ def test_embeddings_in_place_of_tokens_are_refused() -> None:
 def test_a_cache_that_others_filled_is_refused() -> None:
     model, cache = with_infix(LLAMA), DynamicCache()
     with model.disable_adapter():
-        model(input_ids=row(5, 4)[None], past_key_values=cache)
+        model(input_ids=row(5, 4)[None], **{CACHE: cache})
     with pytest.raises(UnsupportedCallError, match="The cache does not tell where the prompts of 1 rows end"):
-        model(input_ids=tokens(1, 1), past_key_values=cache)
+        model(input_ids=tokens(1, 1), **{CACHE: cache})
 
 
 def test_caches_of_other_kinds_are_refused() -> None:
     model = with_infix(LLAMA)
     for cache in (StaticCache(model.config, max_cache_len=12), DynamicCache(offloading=True)):
         with pytest.raises(UnsupportedCallError, match="works with a plain DynamicCache"):
-            model(input_ids=row(5, 4)[None], past_key_values=cache)
+            model(input_ids=row(5, 4)[None], **{CACHE: cache})
 
 
 def test_masks_that_are_no_padding_are_refused() -> None:

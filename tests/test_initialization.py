@@ -17,6 +17,7 @@ from adapters import BART, BY_NAME, GPT2, LLAMA, T5, attach, deeper_llama, edite
 from families import VOCABULARY, Family, build, tokens
 from hf_prefix import PrefixConfig, PrefixError, PrefixMismatchError, initialize_from_cache
 from hf_prefix.attention.layer import PrefixLayer
+from upstream import CACHE, cache_of
 
 TEXT = "alpha beta gamma"
 TEXT_IDS = [10, 11, 12]
@@ -70,7 +71,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_token_ids_give_their_activations(causal_family: Family) -> None:
     base = build(causal_family)
     with torch.no_grad():
-        cache = base(torch.tensor([TEXT_IDS]), past_key_values=DynamicCache()).past_key_values
+        cache = cache_of(base(torch.tensor([TEXT_IDS]), **{CACHE: DynamicCache()}))
     for layer, (key, value) in zip(
         cache.layers, key_values(from_tokens(causal_family, TEXT_IDS)).values(), strict=True
     ):
@@ -81,7 +82,7 @@ def test_token_ids_give_their_activations(causal_family: Family) -> None:
 def test_token_ids_give_the_activations_of_encoder_and_decoder(seq2seq_family: Family) -> None:
     token_ids = torch.tensor([TEXT_IDS])
     with torch.no_grad():
-        cache = build(seq2seq_family)(input_ids=token_ids, decoder_input_ids=token_ids).past_key_values
+        cache = cache_of(build(seq2seq_family)(input_ids=token_ids, decoder_input_ids=token_ids))
     prefix = key_values(from_tokens(seq2seq_family, TEXT_IDS))
     decoder = [states for name, states in prefix.items() if "decoder" in name]
     expected = [
@@ -277,7 +278,7 @@ def filled_cache(base: PreTrainedModel, length: int, rows: int = 1) -> DynamicCa
     else:
         cache = DynamicCache()
     with torch.no_grad():
-        return base(**inputs, past_key_values=cache).past_key_values
+        return cache_of(base(**inputs, **{CACHE: cache}))
 
 
 def test_cache_of_tokens_is_what_the_tokens_give(causal_family: Family, projection: bool) -> None:
@@ -300,7 +301,7 @@ def test_static_cache_gives_its_filled_part() -> None:
     base = build(LLAMA)
     cache = StaticCache(base.config, max_cache_len=16)
     with torch.no_grad():
-        base(tokens(1, 3), past_key_values=cache)
+        base(tokens(1, 3), **{CACHE: cache})
     model = attach(LLAMA, prefix_init="zero")
     initialize_from_cache(model, cache)
     assert same(model, from_tokens(LLAMA, tokens(1, 3)[0].tolist()), tolerance=1e-5)
@@ -386,7 +387,7 @@ def test_a_cache_of_several_places_or_latents_is_that_prompt(model_type: str) ->
     base, prompt, words = zoo.build(entry), zoo.words(1, 5, seed=9), zoo.words(2, 9)
     model = zoo_checks.attach(zoo.build(entry), prefix_init="random")
     with torch.no_grad():
-        initialize_from_cache(model, base(input_ids=prompt, use_cache=True).past_key_values)
+        initialize_from_cache(model, cache_of(base(input_ids=prompt, use_cache=True)))
         wanted = base(input_ids=torch.cat([prompt.expand(2, -1), words], dim=1), use_cache=False).logits[:, 5:]
         found = model(input_ids=words, use_cache=False).logits
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)

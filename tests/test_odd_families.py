@@ -14,6 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from hf_prefix import initialize_from_cache
 from hf_prefix.errors import PrefixError, UnsupportedCallError, UnsupportedModelError
+from upstream import CACHE
 from zoo import FIRST_WORD, VOCABULARY, Entry, build
 from zoo_checks import PREFIX_LENGTH, attach, hidden_prefix, same
 
@@ -188,7 +189,7 @@ def test_cpm_ant_starts_from_tokens_behind_its_own() -> None:
     base = build(CPM_ANT)
     start = attach(build(CPM_ANT), prefix_init="token_ids", prefix_init_token_ids=PROMPT)
     cache = DynamicCache()
-    base(torch.tensor([PROMPT]), past_key_values=cache, use_cache=True)
+    base(torch.tensor([PROMPT]), **{CACHE: cache}, use_cache=True)
     own = int(base.config.prompt_length)
     site = start.base_model.model.cpmant.encoder.layers[1].self_att.self_attention
     assert torch.equal(site.hf_prefix.prefix_like(torch.zeros(())).key, cache.layers[1].keys[0, :, own:])
@@ -205,7 +206,7 @@ def test_a_cache_fills_the_prefix_of_xlm() -> None:
 @torch.no_grad()
 def test_a_cache_fills_the_prefix_of_cpm_ant() -> None:
     model, cache = attach(build(CPM_ANT), prefix_init="zero"), DynamicCache()
-    build(CPM_ANT)(torch.tensor([PROMPT]), past_key_values=cache, use_cache=True)
+    build(CPM_ANT)(torch.tensor([PROMPT]), **{CACHE: cache}, use_cache=True)
     initialize_from_cache(model, cache)
     assert torch.equal(model(TOKENS).logits, prompted(CPM_ANT)(TOKENS).logits)
 

@@ -19,6 +19,7 @@ from hf_prefix.attention.sites import AttentionSite, named_arguments
 from hf_prefix.attention.tuner_layer import prefixes_off
 from matrix import PREFIX_LENGTH, Batch, attach, decoder_words, new_cache, pad, rows_of_words
 from reference import attend, visibility
+from upstream import CACHE
 
 TOLERANCE = 1e-6
 """Largest difference in float32, as a share of the largest number where that is above 1 (T5 does not scale)."""
@@ -185,12 +186,12 @@ def run(model: PeftModel, family: Family, batch: Batch, cached: bool) -> None:
     if family.is_encoder_decoder:
         encoded = model.get_base_model().get_encoder()(input_ids=batch.words, **mask)
         for chunk in chunks:
-            model(encoder_outputs=encoded, decoder_input_ids=chunk, past_key_values=cache, **mask)
+            model(encoder_outputs=encoded, decoder_input_ids=chunk, **{CACHE: cache}, **mask)
         return
     length = 0
     for chunk in chunks:
         length += chunk.shape[1]
-        model(input_ids=chunk, attention_mask=batch.mask[:, :length], past_key_values=cache)
+        model(input_ids=chunk, attention_mask=batch.mask[:, :length], **{CACHE: cache})
 
 
 def check(model: PeftModel, family: Family, name: str, batch: Batch, cached: bool) -> None:

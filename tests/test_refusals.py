@@ -9,12 +9,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import ContinuousBatchingConfig, DynamicCache
 from transformers.generation.continuous_batching import RequestStatus
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from families import Family, tokens
 from hf_prefix import UnsupportedCallError, UnsupportedModelError
 from hf_prefix.attention.layer import PrefixLayer
 from matrix import BY_NAME, PREFIX_LENGTH, attach, decoder_words, forward_arguments, pad, rows_of_words
-from upstream import PAGE_SIZE
+from upstream import CACHE, PAGE_SIZE
 
 POSITIONS = 128
 """Positions that the families with a table of them have learned."""
@@ -53,9 +54,9 @@ def test_more_tokens_than_learned_positions_are_refused(name: str, backend: str)
         model(input_ids=tokens(1, room + 1))
     # One token at a time, too.
     cache = DynamicCache(config=model.config)
-    model(input_ids=tokens(1, room), past_key_values=cache)
+    model(input_ids=tokens(1, room), **{CACHE: cache})
     with pytest.raises(UnsupportedCallError, match=message):
-        model(input_ids=tokens(1, 1), past_key_values=cache)
+        model(input_ids=tokens(1, 1), **{CACHE: cache})
     with model.disable_adapter():
         assert model(input_ids=tokens(1, POSITIONS)).logits.isfinite().all()
 
@@ -106,9 +107,11 @@ def test_a_prefix_that_turns_active_inside_continuous_batching_fails_the_request
 
 
 def test_pages_of_continuous_batching_are_refused_by_every_layer(causal_family: Family) -> None:
+    # Never asked for anything, so it need not be filled.
+    pages = PagedAttentionCache.__new__(PagedAttentionCache)
     for module in attention_modules(attach(causal_family)):
         with pytest.raises(UnsupportedCallError, match=r"Continuous batching \(generate_batch\)"):
-            module(torch.zeros(1, 3, 32), cache=object())
+            module(torch.zeros(1, 3, 32), cache=pages)
 
 
 def test_a_mask_that_is_not_understood_is_refused() -> None:

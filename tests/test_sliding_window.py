@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from families import VOCABULARY, Family, build, tokens
 from hf_prefix import UnsupportedModelError
 from matrix import END, Batch, attach, greedy, only_words, pad, rows_of_words, trainable
-from upstream import skip_before, skip_speculation
+from upstream import CACHE, skip_before, skip_speculation
 
 WINDOW = 8
 LENGTH, NEW_TOKENS = 40, 20
@@ -202,11 +202,9 @@ WAYS: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
     "static, chunks of 3": lambda base: {"prefill_chunk_size": 3, "cache_implementation": "static"},
     "static, chunks of 11": lambda base: {"prefill_chunk_size": 11, "cache_implementation": "static"},
     # Layers that keep every token, for a mask that slides.
-    "a growing cache": lambda base: {"past_key_values": DynamicCache()},
-    "a sliding cache": lambda base: {"past_key_values": DynamicCache(config=base.config)},
-    "a static cache": lambda base: {
-        "past_key_values": StaticCache(config=base.config, max_cache_len=LENGTH + NEW_TOKENS)
-    },
+    "a growing cache": lambda base: {CACHE: DynamicCache()},
+    "a sliding cache": lambda base: {CACHE: DynamicCache(config=base.config)},
+    "a static cache": lambda base: {CACHE: StaticCache(config=base.config, max_cache_len=LENGTH + NEW_TOKENS)},
 }
 
 

@@ -20,7 +20,7 @@ from matrix import (
     only_words,
     source_batch,
 )
-from upstream import skip_before
+from upstream import CACHE, skip_before
 
 
 def test_switching_between_generate_calls(family: Family, backend: str) -> None:
@@ -60,16 +60,16 @@ def test_switching_on_one_cache_changes_only_the_prefix(family: Family, backend:
             words, name = decoder_words(2, LENGTH), "decoder_input_ids"
         cache = new_cache(kind, model, family, capacity=LENGTH, source=LENGTH)
         parts = words.split([20, 8, 1, 1], dim=1)
-        model(**{name: parts[0]}, past_key_values=cache, **encoded)
-        model(**{name: parts[1]}, past_key_values=cache, **encoded)
+        model(**{name: parts[0], CACHE: cache}, **encoded)
+        model(**{name: parts[1], CACHE: cache}, **encoded)
         if second == "off":
             with model.disable_adapter():
-                step = model(**{name: parts[2]}, past_key_values=cache, **encoded).logits
+                step = model(**{name: parts[2], CACHE: cache}, **encoded).logits
         else:
             model.set_adapter("other")
-            step = model(**{name: parts[2]}, past_key_values=cache, **encoded).logits
+            step = model(**{name: parts[2], CACHE: cache}, **encoded).logits
             model.set_adapter("default")
-        back = model(**{name: parts[3]}, past_key_values=cache, **encoded).logits
+        back = model(**{name: parts[3], CACHE: cache}, **encoded).logits
         results.append(torch.cat([step, back], dim=1))
     assert_same(*results)
 
@@ -86,7 +86,7 @@ def test_a_cache_forgets_the_prefix_of_the_step_before(seq2seq_family: Family, b
 
     def step(names: list[str]) -> Tensor:
         cache = new_cache("dynamic", model, seq2seq_family, capacity=6, source=11)
-        common = {"encoder_outputs": encoded, "past_key_values": cache}
+        common = {"encoder_outputs": encoded, CACHE: cache}
         with model.disable_adapter():
             model(decoder_input_ids=words[:, :5], **common)
         for name in names:

@@ -1,10 +1,13 @@
 """Where the releases of transformers that we allow differ, with or without a prefix."""
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 RELEASE = Version(transformers.__version__)
 
@@ -62,6 +65,16 @@ def aligned(model: PreTrainedModel) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
+
+
+_PREPARED = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _PREPARED else "past_key_values"
+"""Argument of forward and generate, and field of what they return; transformers 5.24 renamed it."""
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache that a model or `generate` returned."""
+    return getattr(output, CACHE)
 
 
 PAGE_SIZE = "page_size" if Version("5.18") <= RELEASE else "block_size"

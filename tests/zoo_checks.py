@@ -26,6 +26,7 @@ from hf_prefix.attention.sites import ENCODER_STATES_ARGUMENTS, forward_paramete
 from hf_prefix.attention.tuner_layer import CHILD_NAME
 from hf_prefix.attention.visibility import Visibility
 from hf_prefix.errors import PrefixError, UnsupportedCallError, UnsupportedModelError
+from upstream import CACHE
 from zoo import FIRST_WORD, PAD, START, WINDOW, Entry, build, words
 from zoo_inputs import NEEDS_MORE_THAN_TEXT, text_inputs
 from zoo_inputs import inputs as real_inputs
@@ -257,8 +258,8 @@ def stepwise(subject: Subject, model: torch.nn.Module) -> Tensor:
     first = tokens.shape[1] - 3
     parts, cache = [], None
     for part in tokens.split([first, 1, 1, 1], dim=1):
-        output = model(**{name: part}, **arguments, **({} if cache is None else {"past_key_values": cache}))
-        cache = getattr(output, "past_key_values", None)
+        output = model(**{name: part}, **arguments, **({} if cache is None else {CACHE: cache}))
+        cache = getattr(output, CACHE, None)
         if cache is None:
             raise NotApplicable("the base model has no cache")
         parts.append(output.logits)

@@ -128,7 +128,7 @@ def place_around_infix(stack: nn.Module, arguments: dict[str, Any], separator: i
         UnsupportedCallError: It is not known where the prompt of a row ends, or the call is of a kind that has not
             been tried.
     """
-    cache, past = _checked_cache(arguments), int(cached_length(arguments))
+    cache, past = _checked_cache(arguments), int(cached_length(stack, arguments))
     tokens = arguments.get("input_ids")
     tokens = arguments["inputs_embeds"] if tokens is None else tokens
     # Always a padding mask: without any, transformers takes a jump in positions for the start of another sequence.

@@ -24,6 +24,7 @@ from hf_prefix.attention.sites import (
     MERGED_MASK_ARGUMENT,
     PADDING_ARGUMENT,
     AttentionSite,
+    check_no_pages,
     first_present,
     forward_parameters,
     named_arguments,
@@ -138,11 +139,7 @@ class PrefixLayer(PrefixTunerLayer):
         if prefix_length == 0:
             return None
         arguments = named_arguments(module, args, kwargs)
-        if "cache" in arguments and self._cache_argument != "cache":
-            raise UnsupportedCallError(
-                "Continuous batching (generate_batch) keeps keys and values in pages that the prefix cannot be put "
-                "in front of; call generate instead, or disable the prefix."
-            )
+        check_no_pages(arguments)
         hidden_states = new_tokens(module, arguments[forward_parameters(module)[0]])
         cache = self._used_half(arguments.get(self._cache_argument))
         extent = Extent.of(hidden_states, cache, place_in_cache(module, arguments))

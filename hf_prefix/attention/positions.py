@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 from hf_prefix.attention.sites import (
     CACHE_ARGUMENTS,
     MASK_ARGUMENTS,
-    PAST_LENGTH_ARGUMENT,
     POSITIONS_ARGUMENT,
+    check_no_pages,
+    counts_cached_tokens,
     first_present,
     forward_parameters,
+    past_length_argument,
     position_table,
     table_counted_from_padding,
     text_config,
@@ -23,8 +25,6 @@ _TABLE_INPUT = "input"
 """What a plain `nn.Embedding` calls the positions that it is asked for."""
 _SHAPE = "inputs_shape"
 """What ProphetNet's table of positions is told of the tokens."""
-_ALL_TOKENS_CACHE = "cache"
-"""The cache argument of XLM, whose inputs are all tokens, those in the cache included (transformers 5.23)."""
 
 
 def positions_module(stack: nn.Module) -> nn.Module:
@@ -42,7 +42,7 @@ def positions_module(stack: nn.Module) -> nn.Module:
         names = forward_parameters(module)
         is_table = isinstance(module, nn.Embedding) and POSITIONS_ARGUMENT in names
         # Sinusoids need no table (MusicGen).
-        if is_table or (PAST_LENGTH_ARGUMENT in names and not isinstance(module, PreTrainedModel)):
+        if is_table or (past_length_argument(module) and not isinstance(module, PreTrainedModel)):
             return module
     raise UnsupportedModelError(
         f"{type(stack).__name__} takes no position_ids, so real tokens cannot be placed after the prefix; "
@@ -66,9 +66,9 @@ def shift_positions(stack: nn.Module, module: nn.Module, arguments: dict[str, An
         UnsupportedCallError: The model has learned positions and not enough of them.
     """
     if module is not stack:
-        _shift_table_input(stack, arguments, offset)
+        _shift_table_input(stack, module, arguments, offset)
         return
-    past = cached_length(arguments)
+    past = cached_length(stack, arguments)
     given = arguments.get(POSITIONS_ARGUMENT)
     positions = default_positions(arguments, past) if given is None else given
     check_room(stack, positions.shape[-1], past, offset, given)
@@ -95,7 +95,7 @@ def shift_returned_positions(
     Raises:
         UnsupportedCallError: The table has not enough positions.
     """
-    past, length = cached_length(arguments), int(arguments[_SHAPE][1])
+    past, length = cached_length(stack, arguments), int(arguments[_SHAPE][1])
     # The first token stands behind padding_idx, and the predicting streams stand one ahead.
     check_room(stack, (table.padding_idx or 0) + length + 2, past, offset)
     positions = output[1] + offset
@@ -114,19 +114,21 @@ def counts_columns(root: nn.Module, stack: nn.Module) -> bool:
     return root is not stack and config.get_text_config() is not config and takes_both and not several
 
 
-def fill_positions(arguments: dict[str, Any]) -> None:
+def fill_positions(model: nn.Module, arguments: dict[str, Any]) -> None:
     """Fill in the positions that the caller of a model left out, by the padding mask, in place.
 
     Args:
-        arguments: The forward arguments of the model, by name.
+        model: The model.
+        arguments: Its forward arguments, by name.
     """
     if arguments.get(POSITIONS_ARGUMENT) is None and isinstance(arguments.get("attention_mask"), Tensor):
-        arguments[POSITIONS_ARGUMENT] = default_positions(arguments, cached_length(arguments))
+        arguments[POSITIONS_ARGUMENT] = default_positions(arguments, cached_length(model, arguments))
 
 
-def _shift_table_input(stack: nn.Module, arguments: dict[str, Any], offset: int) -> None:
+def _shift_table_input(stack: nn.Module, table: nn.Module, arguments: dict[str, Any], offset: int) -> None:
     """Move what a table of positions is asked for: the positions, or where they start."""
-    past = arguments.get(PAST_LENGTH_ARGUMENT, 0)
+    past_argument = str(past_length_argument(table))
+    past = arguments.get(past_argument, 0)
     name = first_present((POSITIONS_ARGUMENT, _TABLE_INPUT), arguments)
     if name is not None and arguments[name] is not None:
         check_room(stack, arguments[name].shape[-1], past, offset)
@@ -135,14 +137,26 @@ def _shift_table_input(stack: nn.Module, arguments: dict[str, Any], offset: int)
     tokens = next(iter(arguments.values()))
     shape = tokens.shape if isinstance(tokens, Tensor) else tokens
     check_room(stack, shape[1], past, offset)
-    arguments[PAST_LENGTH_ARGUMENT] = past + offset
+    arguments[past_argument] = past + offset
 
 
-def cached_length(arguments: dict[str, Any]) -> int | Tensor:
-    """Return the number of earlier tokens that a model is given in a cache; a tensor for a static one."""
+def cached_length(model: nn.Module, arguments: dict[str, Any]) -> int | Tensor:
+    """Return the number of tokens in the cache that come before those that a model is given.
+
+    Args:
+        model: The model, or its decoder, or its table of positions.
+        arguments: Its forward arguments, by name.
+
+    Returns:
+        The number; a tensor for a static cache.
+
+    Raises:
+        UnsupportedCallError: The cache is that of continuous batching.
+    """
+    check_no_pages(arguments)
     name = first_present(CACHE_ARGUMENTS, arguments)
     cache = arguments[name] if name is not None else None
-    past: int | Tensor = 0 if cache is None or name == _ALL_TOKENS_CACHE else cache.get_seq_length()
+    past: int | Tensor = 0 if cache is None or counts_cached_tokens(model) else cache.get_seq_length()
     return past
 
 

@@ -11,11 +11,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from hf_prefix.config import Role
-from hf_prefix.errors import UnsupportedModelError
+from hf_prefix.errors import UnsupportedCallError, UnsupportedModelError
 
-# The last two are those of FSMT and XLM.
+# transformers 5.24 renamed the first, which it still takes from callers, to the last, which XLM has always had.
+# The one in between is FSMT's.
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "layer_state", "cache")
 MERGED_MASK_ARGUMENT = "merged_attention_mask"
 MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask", MERGED_MASK_ARGUMENT)
@@ -32,7 +34,8 @@ SHARED_STATES_ARGUMENT = "shared_kv_states"
 PREVIOUS_SELECTION_ARGUMENT = "prev_topk_indices"
 POSITIONS_ARGUMENT = "position_ids"
 KEY_POSITIONS_ARGUMENT = "key_positions"
-PAST_LENGTH_ARGUMENT = "past_key_values_length"
+_PAST_LENGTH_ARGUMENTS = ("past_key_values_length", "cache_length")
+_LANGUAGES_ARGUMENT = "langs"
 STACK_INPUT_ARGUMENTS = ("input_ids", "inputs_embeds")
 
 
@@ -71,6 +74,16 @@ def tokens_per_place(model: nn.Module) -> int:
 def first_present(names: tuple[str, ...], among: Container[str]) -> str | None:
     """Return the first of `names` that occurs in `among`."""
     return next((name for name in names if name in among), None)
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """Return what a model calls its cache, as an argument and in what it returns, or None where it takes none."""
+    return first_present(CACHE_ARGUMENTS, forward_parameters(model))
+
+
+def past_length_argument(module: nn.Module) -> str | None:
+    """Return the argument in which a table of positions is told where they start, or None; 5.24 renamed it, too."""
+    return first_present(_PAST_LENGTH_ARGUMENTS, forward_parameters(module))
 
 
 class RelativeBias(Protocol):
@@ -185,6 +198,27 @@ def place_in_cache(module: nn.Module, arguments: dict[str, Any]) -> int | None:
     return None if place is None else int(place) + int(arguments.get("cycle_offset", 0))
 
 
+def counts_cached_tokens(stack: nn.Module) -> bool:
+    """Whether a model is given all tokens, those in its cache included, which it then leaves out (XLM, FlauBERT)."""
+    return _LANGUAGES_ARGUMENT in forward_parameters(stack)
+
+
+def check_no_pages(arguments: dict[str, Any]) -> None:
+    """Check that a call of a decoder, or of an attention module, is none of continuous batching.
+
+    Until transformers 5.23 its cache comes beside the usual one, as an argument of the attention function; from 5.24
+    on in its place.
+
+    Raises:
+        UnsupportedCallError: It is.
+    """
+    if any(isinstance(arguments.get(name), PagedAttentionCache) for name in CACHE_ARGUMENTS):
+        raise UnsupportedCallError(
+            "Continuous batching (generate_batch) keeps keys and values in pages that the prefix cannot be put in "
+            "front of; call generate instead, or disable the prefix."
+        )
+
+
 def shared_states(arguments: dict[str, Any]) -> Any:
     """Return the keys and values by layer type that a model shares between its layers (Gemma 3n), or None."""
     return arguments.get(SHARED_STATES_ARGUMENT)
@@ -285,9 +319,14 @@ def position_table(stack: nn.Module) -> nn.Embedding | None:
 
 
 def rotary_kind(stack: nn.Module) -> str | None:
-    """Return the kind of a stack's rotary positions, for example "default" or "longrope"; None where it has none."""
+    """Return the kind of a stack's rotary positions, for example "default" or "longrope"; None where it has none.
+
+    Rotations that are read off a table (GPT-J) are none: there is none before position 0.
+    """
     rotary = getattr(stack, "rotary_emb", None)
-    return None if rotary is None else str(getattr(rotary, "rope_type", "default"))
+    if rotary is None or hasattr(rotary, "embed_positions"):
+        return None
+    return str(getattr(rotary, "rope_type", "default"))
 
 
 def table_counted_from_padding(stack: nn.Module) -> nn.Embedding | None:

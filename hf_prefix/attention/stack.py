@@ -115,14 +115,14 @@ class PrefixStack(PrefixTunerLayer):
             check_packing(module, arguments, self.call)
         self.call.with_gradients = torch.is_grad_enabled()
         for adapter_name in self.active_names(self.hf_prefix_trunk):
-            cast(SharedPart, self.trunk(adapter_name)).begin_forward(partial(cached_length, arguments))
+            cast(SharedPart, self.trunk(adapter_name)).begin_forward(partial(cached_length, module, arguments))
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> HookResult:
         """Count positions by the padding mask before the model counts columns."""
         if not self.active_names(self.hf_prefix_offset):
             return None
         arguments = named_arguments(module, args, kwargs)
-        fill_positions(arguments)
+        fill_positions(module, arguments)
         return (), arguments
 
     def before_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> HookResult:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import StoppingCriteriaList
 
+from hf_prefix.attention.sites import cache_argument
 from hf_prefix.attention.tuner_layer import prefixes_off
 from hf_prefix.errors import DataError
 from hf_prefix.training.collator import Side, pad_rows
@@ -188,7 +189,7 @@ class Teacher:
         """Return the context's keys and values, or None where they are not all that the model remembers."""
         token_ids = torch.tensor([self._context.token_ids], device=self._model.device)
         outputs = self._model(input_ids=token_ids, use_cache=True, **self._last_logits(1))
-        cache = getattr(outputs, "past_key_values", None)
+        cache = getattr(outputs, str(cache_argument(self._model)), None)
         return cache if _holds_keys_and_values_only(cache) else None
 
     def _last_logits(self, count: int) -> dict[str, int]:
@@ -212,7 +213,7 @@ class Teacher:
             return self._context.token_ids, {}
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(rows)
-        return [], {"past_key_values": cache}
+        return [], {str(cache_argument(self._model)): cache}
 
     def _logits(self, rows: list[list[int]], answers: list[list[int]]) -> list[Tensor]:
         """Return the logits that predict each answer, [answer, vocabulary] per row.
@@ -261,7 +262,7 @@ class Teacher:
                 torch.cat([states.roll(width - len(row), dims=-2) for row in both])
                 for states in (layer.keys, layer.values)
             )
-        return {**inputs, "past_key_values": cache}
+        return {**inputs, str(cache_argument(self._model)): cache}
 
     def _generate(self, rows: list[list[int]], settings: AnswerSettings) -> list[list[int]]:
         """Return an answer to each query of a batch."""
