@@ -1,9 +1,7 @@
 """The tuner that PEFT creates: attaches prefixes to a model's attention, switches, saves and removes them."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,22 +21,16 @@ from hf_prefix.attention.sharding import check_undivided
 from hf_prefix.attention.sites import AttentionSite, check_can_scroll
 from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.attention.tuner_layer import CHILD_NAME, PrefixTunerLayer, prefix_layers, prefixes_off
-from hf_prefix.config import PrefixConfig, Role
-from hf_prefix.errors import PrefixError, PrefixMismatchError, UnsupportedCallError, UnsupportedModelError
+from hf_prefix.config import PrefixConfig
+from hf_prefix.errors import PrefixError, UnsupportedCallError
 from hf_prefix.initialization import Start, Starter
 from hf_prefix.peft_type import PARAMETER_PREFIX
 from hf_prefix.prefix.embedding_only import EmbeddedPrefix, PrefixEmbedding
-from hf_prefix.prefix.encoders import (
-    DirectPrefix,
-    PrefixEncoder,
-    PrefixShape,
-    PrefixTrunk,
-    ProjectedPrefix,
-    SharedPart,
-)
+from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, PrefixShape, SharedPart
 from hf_prefix.prefix.fitting import initialize_encoders
+from hf_prefix.prefix.projected import PrefixTrunk, ProjectedPrefix
 from hf_prefix.sharing.checkpoint import check_fits
-from hf_prefix.sharing.folding import AttentionModule
+from hf_prefix.targets import check_layers, matching_names, moves_positions, note_modules, select_sites
 
 
 class PrefixModel(BaseTuner):
@@ -92,12 +84,12 @@ class PrefixModel(BaseTuner):
     def _prepare_model(self, peft_config: PrefixConfig, model: nn.Module) -> None:
         check_undivided(model)
         with prefixes_off(model):
-            sites = _select(find_sites(model), peft_config, model)
-            self._matcher = _matcher(sites, peft_config)
+            sites = select_sites(find_sites(model), peft_config, model)
+            self._matcher = matching_names(sites, peft_config)
             self._sites = {site.name: site for site in sites}
             targets = [site for site in sites if self._check_target_module_exists(peft_config, site.name)]
             self._start = self._embeddings = None
-            _check_layers(self._matcher, sites)
+            check_layers(self._matcher, sites)
             if not targets:
                 # PEFT says next which names it has looked for.
                 return
@@ -105,11 +97,11 @@ class PrefixModel(BaseTuner):
             if peft_config.infix_separator_token_id is not None:
                 check_takes_infix(targets, model, peft_config.infix_separator_token_id)
             for site in targets:
-                if _moves_positions(peft_config, site, model):
+                if moves_positions(peft_config, site, model):
                     positions_module(site.stack)
                 if peft_config.sliding_window == "scroll":
                     check_can_scroll(site.module)
-            _check_modules(peft_config, targets)
+            note_modules(peft_config, targets)
             self._find_start(model, targets, peft_config)
 
     def _find_start(self, model: PreTrainedModel, targets: list[AttentionSite], config: PrefixConfig) -> None:
@@ -145,7 +137,7 @@ class PrefixModel(BaseTuner):
             layer = PrefixLayer(site, stack.call)
             target.add_module(CHILD_NAME, layer)
         scroll = peft_config.sliding_window == "scroll"
-        offset = _length(peft_config) if _moves_positions(peft_config, site, self.model) else 0
+        offset = _length(peft_config) if moves_positions(peft_config, site, self.model) else 0
         if adapter_name not in stack.hf_prefix_offset:
             separator = peft_config.infix_separator_token_id
             stack.update_layer(adapter_name, self._new_trunk(peft_config, site), offset, scroll, separator)
@@ -241,64 +233,6 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
-def _select(sites: list[AttentionSite], config: PrefixConfig, model: PreTrainedModel) -> list[AttentionSite]:
-    """Return the sites whose role a configuration asks for."""
-    present: list[Role] = list(dict.fromkeys(site.role for site in sites))
-    roles = config.roles or present
-    absent = [role for role in roles if role not in present]
-    if absent:
-        raise UnsupportedModelError(
-            f"roles={config.roles} asks for {absent} attention, but {type(model).__name__} has only {present}."
-        )
-    if config.roles is None and model.config.is_encoder_decoder and "encoder" not in present:
-        warnings.warn(
-            f"The encoder of {type(model).__name__} carries no prefix, because it attends within windows or blocks of "
-            f"its own making, or to what is no text; the prefix acts in {present} attention only. Set roles={present} "
-            "to say that this is meant.",
-            stacklevel=2,
-        )
-    return [site for site in sites if site.role in roles]
-
-
-def _matcher(sites: list[AttentionSite], config: PrefixConfig) -> PrefixConfig:
-    """Return the configuration with target_modules filled in, for PEFT's own rules of naming modules."""
-    if config.target_modules is not None:
-        return config
-    # The last part of the names, because PEFT looks at layers_to_transform only where a suffix matches.
-    return replace(config, target_modules=sorted({site.name.rpartition(".")[2] for site in sites}))
-
-
-def _check_layers(matcher: PrefixConfig, sites: list[AttentionSite]) -> None:
-    """Check that every layer that is asked for exists; PEFT leaves out unknown ones without a word."""
-    wanted = matcher.layers_to_transform
-    for layer in [wanted] if isinstance(wanted, int) else wanted or []:
-        only = replace(matcher, layers_to_transform=[layer], exclude_modules=None)
-        if not any(check_target_module_exists(only, site.name) for site in sites):
-            raise PrefixError(
-                f"layers_to_transform={wanted!r} asks for layer {layer}, but no attention module of the model is in a "
-                f"layer of that number; the modules are {[site.name for site in sites]}."
-            )
-
-
-def _check_modules(config: PrefixConfig, targets: list[AttentionSite]) -> None:
-    """Note which modules get the prefix; check that a saved prefix is attached to the same ones."""
-    found = {site.name: _noted(site) for site in targets}
-    noted = config.attention_modules
-    if config.initialized and noted is not None and noted != found:
-        differing = sorted(name for name in noted.keys() | found.keys() if noted.get(name) != found.get(name))
-        first = differing[0]
-        raise PrefixMismatchError(
-            f"The saved prefix is for another model: {len(differing)} attention modules differ; {first} was "
-            f"{noted.get(first)} there and is {found.get(first)} here. Load it on the base model that its "
-            "adapter_config.json names."
-        )
-    config.attention_modules = found
-
-
-def _noted(site: AttentionSite) -> AttentionModule:
-    return AttentionModule(role=site.role, kv_heads=site.heads, key_size=site.key_size, value_size=site.value_size)
-
-
 def _new_encoder(config: PrefixConfig, site: AttentionSite, trunk: SharedPart | None) -> PrefixEncoder:
     shape = PrefixShape(site.heads, _length(config), site.key_size, site.value_size, config.num_frozen_tokens)
     if config.embedding_only:
@@ -312,24 +246,3 @@ def _length(config: PrefixConfig) -> int:
     if config.num_virtual_tokens is None:
         raise PrefixError("num_virtual_tokens is missing in a saved configuration; it should hold the length.")
     return config.num_virtual_tokens
-
-
-def _moves_positions(config: PrefixConfig, site: AttentionSite, model: PreTrainedModel) -> bool:
-    """Whether real tokens stand behind the prefix in the site's stack."""
-    if site.role != "decoder":
-        return False
-    if site.has_relative_positions:
-        if config.offset_positions is False:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has relative positions, and a prefix always stands before the sequence; "
-                "leave offset_positions out."
-            )
-        return False
-    if not site.one_decoder:
-        if config.offset_positions:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has several decoders that count positions of different things; leave "
-                "offset_positions out."
-            )
-        return False
-    return not model.config.is_encoder_decoder if config.offset_positions is None else config.offset_positions

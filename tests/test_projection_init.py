@@ -12,8 +12,8 @@ from adapters import BART, LLAMA, T5, attach, logits, prefix_config
 from families import Family, build
 from hf_prefix import fold_prefix
 from hf_prefix.attention.layer import PrefixLayer
-from hf_prefix.prefix.encoders import PrefixTrunk, ProjectedPrefix
 from hf_prefix.prefix.key_value import KeyValuePrefix
+from hf_prefix.prefix.projected import PrefixTrunk, ProjectedPrefix
 
 OPTIONS: dict[str, Any] = {"num_virtual_tokens": 5, "prefix_init": "real_tokens"}
 

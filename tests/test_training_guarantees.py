@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from families import Family
 from hf_prefix import fold_prefix
-from hf_prefix.prefix.encoders import PrefixEncoder, PrefixTrunk
+from hf_prefix.prefix.encoders import PrefixEncoder
+from hf_prefix.prefix.projected import PrefixTrunk
 from matrix import (
     PREFIX_LENGTH,
     attach,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_prefix.config import ProjectionInit
-from hf_prefix.prefix.encoders import PrefixEncoder, PrefixTrunk, ProjectedPrefix, as_rows
+from hf_prefix.prefix.encoders import PrefixEncoder
 from hf_prefix.prefix.key_value import KeyValuePrefix
+from hf_prefix.prefix.projected import PrefixTrunk, ProjectedPrefix, as_rows
 
 FIT_STEPS = 500
 FIT_LEARNING_RATE = 1e-4
