@@ -100,6 +100,20 @@ def test_a_projection_is_trained_and_dropped(gpt2: Path, data: Path, tmp_path: P
     assert {tuple(tensor.shape) for tensor in weights.values()} == {(4, 3, 8)}
 
 
+def test_frozen_tokens_stay_where_the_fitted_projection_started(gpt2: Path, data: Path, tmp_path: Path):
+    options = ["--projection", "--hidden-size", 8, "--projection-init", "mse", "--num-frozen-tokens", 1]
+    saved = []
+    for rate in (1e-30, 1e-2):
+        result = train_on(gpt2, data, tmp_path / str(rate), *options, "--learning-rate", rate)
+        assert result.exit_code == 0, result.output
+        saved.append(load_file(tmp_path / str(rate) / "adapter_model.safetensors"))
+    before, after = saved
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]) == ("frozen" in name), name
+    assert any("frozen" in name for name in before)
+
+
 def test_a_text_decides_start_and_length(gpt2: Path, data: Path, tmp_path: Path):
     result = run(
         "train", "--model", gpt2, "--data", data, "--output", tmp_path / "p", "--max-steps", 1, "--init", "text",
@@ -438,6 +452,8 @@ def test_a_loss_that_is_not_finite_leaves_nothing_behind(gpt2: Path, data: Path,
         (["--epochs", 0], "epochs must be greater than 0, got 0.0"),
         (["--init", "text"], "--init text and --init-text TEXT belong together"),
         (["--init-text", "a"], "--init text and --init-text TEXT belong together"),
+        (["--projection-init", "mse"], "projection_init='mse' has no effect without the projection"),
+        (["--num-frozen-tokens", 3], "num_frozen_tokens=3 leaves nothing to learn of num_virtual_tokens=3"),
         (["--hidden-size", 8], "encoder_hidden_size=8 has no effect without the projection"),
         (["--prompt-template", "Q:"], "must contain '{source}'"),
     ],

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 
 from hf_prefix import PrefixConfig
 from hf_prefix.cli.loading import Base
-from hf_prefix.cli.options import Initialization
+from hf_prefix.cli.options import Initialization, ProjectionInitialization
 from hf_prefix.errors import DataError, PrefixError
 from hf_prefix.training import EncodedPair, PairCollator, PairEncoder, resolve_pad_token_id
 
@@ -26,6 +26,8 @@ class NewPrefix:
         init: Where it starts.
         init_text: The text it starts from.
         seed: Seed of the start.
+        projection_init: How the MLP comes to the start.
+        num_frozen_tokens: How many of the first virtual tokens are not learned.
     """
 
     num_virtual_tokens: int | None = None
@@ -34,6 +36,8 @@ class NewPrefix:
     init: Initialization = "real_tokens"
     init_text: str | None = None
     seed: int = 0
+    projection_init: ProjectionInitialization = "least_squares"
+    num_frozen_tokens: int = 0
 
     def attach_to(self, base: Base) -> PeftModel:
         """Attach the prefix to a base model, which is frozen and changed in place.
@@ -53,7 +57,9 @@ class NewPrefix:
         return PrefixConfig(
             task_type="SEQ_2_SEQ_LM" if base.is_encoder_decoder else "CAUSAL_LM",
             num_virtual_tokens=DEFAULT_LENGTH if length is None and token_ids is None else length,
+            num_frozen_tokens=self.num_frozen_tokens,
             prefix_projection=self.projection,
+            projection_init=self.projection_init,
             encoder_hidden_size=self.hidden_size,
             prefix_init=self.init if token_ids is None else "token_ids",
             prefix_init_token_ids=token_ids,

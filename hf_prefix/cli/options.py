@@ -7,6 +7,7 @@ import typer
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Initialization = Literal["real_tokens", "text", "zero", "random"]
+ProjectionInitialization = Literal["least_squares", "mse"]
 
 DATA_PANEL = "Data"
 DECODING_PANEL = "Decoding"

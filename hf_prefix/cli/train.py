@@ -76,6 +76,16 @@ def train(
     hidden_size: Annotated[
         int | None, typer.Option(min=1, help="Hidden width of the MLP (default: 512).", rich_help_panel=_PREFIX)
     ] = None,
+    projection_init: Annotated[
+        options.ProjectionInitialization,
+        typer.Option(
+            help="How the MLP comes to the start: solved at once, or by 500 steps as in the paper.",
+            rich_help_panel=_PREFIX,
+        ),
+    ] = "least_squares",
+    num_frozen_tokens: Annotated[
+        int, typer.Option(min=0, help="Keep so many first virtual tokens as they start.", rich_help_panel=_PREFIX)
+    ] = 0,
     init: Annotated[
         options.Initialization,
         typer.Option(help="Start: activations of random tokens or of a text, or numbers.", rich_help_panel=_PREFIX),
@@ -162,7 +172,9 @@ def train(
     if learning_rate is None:
         learning_rate = LEARNING_RATE_PROJECTION if projection else LEARNING_RATE_DIRECT
     run = TrainingRun(
-        NewPrefix(num_virtual_tokens, projection, hidden_size, init, init_text, seed),
+        NewPrefix(
+            num_virtual_tokens, projection, hidden_size, init, init_text, seed, projection_init, num_frozen_tokens
+        ),
         Encoding(prompt_template, max_length, skip_too_long),
         FitSettings(
             learning_rate,
