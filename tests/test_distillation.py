@@ -239,8 +239,14 @@ def test_a_context_that_does_not_fit_is_refused():
 
 def test_impossible_requests_are_refused():
     teacher = teacher_of(tiny_llama())
-    with pytest.raises(DataError, match=r"Lesson 1 .* needs a query and an answer of at least one token"):
+    with pytest.raises(DataError, match=r"Answer 1 .* is empty"):
         teacher.lessons(QUERIES[:2], [[5], []])
+    begun = teacher_of(tiny_llama(), Context([1, 7], begin_token_id=1))
+    for empty in ([], [1]):
+        with pytest.raises(DataError, match=r"Query 1 .* is empty; it needs at least one token"):
+            begun.answers([QUERIES[0], empty], NO_STOP)
+        with pytest.raises(DataError, match=r"Query 1 .* is empty; it needs at least one token"):
+            begun.lessons([QUERIES[0], empty], ANSWERS[:2])
     with pytest.raises(DataError, match="top_k and batch_size must be at least 1, got 0 and 16"):
         teacher.lessons(QUERIES, ANSWERS, top_k=0)
     for wrong in ({"max_new_tokens": 0}, {"batch_size": 0}, {"temperature": -1.0}, {"stop_string": ""}):

@@ -1,7 +1,6 @@
 """The teacher: the frozen base model with the whole context in front of each query."""
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import StoppingCriteriaList
 
-from hf_prefix.attention.sites import cache_argument
+from hf_prefix.attention.sites import cache_argument, forward_parameters
 from hf_prefix.attention.tuner_layer import prefixes_off
 from hf_prefix.errors import DataError
 from hf_prefix.training.collator import Side, pad_rows
@@ -92,10 +91,10 @@ class Teacher:
             The ids of each answer, up to and with what ended it; whole if nothing did within `max_new_tokens`.
 
         Raises:
-            DataError: A query leaves no room for an answer.
+            DataError: A query is empty, or leaves no room for an answer.
         """
         settings = settings or AnswerSettings()
-        rows = [self._behind_context(query) for query in queries]
+        rows = [self._behind_context(index, query) for index, query in enumerate(queries)]
         for row in rows:
             self._check_room(row, settings.max_new_tokens)
         answers: list[list[int]] = [[] for _ in rows]
@@ -133,9 +132,9 @@ class Teacher:
         if top_k < 1 or batch_size < 1:
             raise DataError(f"top_k and batch_size must be at least 1, got {top_k} and {batch_size}.")
         for index, (query, answer) in enumerate(zip(queries, answers, strict=True)):
-            if not query or not answer:
-                raise DataError(f"Lesson {index} (counted from 0) needs a query and an answer of at least one token.")
-            self._check_room(self._behind_context(query), len(answer))
+            if not answer:
+                raise DataError(f"Answer {index} (counted from 0) is empty; it needs at least one token.")
+            self._check_room(self._behind_context(index, query), len(answer))
         outcomes = self._outcomes(queries, answers, top_k, batch_size, on_progress)
         return [
             make_lesson(query, answer, outcome, is_encoder_decoder=self.is_encoder_decoder)
@@ -155,7 +154,7 @@ class Teacher:
         found: dict[int, Outcomes] = {}
         with self._at_work():
             for batch in batches_by_length(both, batch_size):
-                rows = [self._behind_context(queries[index]) for index in batch]
+                rows = [self._behind_context(index, queries[index]) for index in batch]
                 logits = self._logits(rows, [answers[index] for index in batch])
                 found.update(zip(batch, (likeliest(row, top_k) for row in logits), strict=True))
                 if on_progress is not None:
@@ -171,8 +170,14 @@ class Teacher:
             stack.enter_context(prefixes_off(self._model))
             yield
 
-    def _behind_context(self, query: list[int]) -> list[int]:
-        return self._context.without_begin(query)
+    def _behind_context(self, index: int, query: list[int]) -> list[int]:
+        """Return a query as it follows the context; its last token predicts the first one of an answer."""
+        row = self._context.without_begin(query)
+        if not row:
+            raise DataError(
+                f"Query {index} (counted from 0) is empty; it needs at least one token, if only a line break."
+            )
+        return row
 
     def _check_room(self, row: Sequence[int], new: int) -> None:
         """Raise if context, query and answer do not fit the model."""
@@ -194,8 +199,7 @@ class Teacher:
 
     def _last_logits(self, count: int) -> dict[str, int]:
         """Return the argument that leaves out all but the last logits, for models that have it."""
-        takes = "logits_to_keep" in inspect.signature(self._model.forward).parameters
-        return {"logits_to_keep": count} if takes else {}
+        return {"logits_to_keep": count} if "logits_to_keep" in forward_parameters(self._model) else {}
 
     def _batches(self, rows: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
         """Yield the numbers of rows that answer together, longest first.
