@@ -4,13 +4,14 @@ import copy
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -64,12 +65,13 @@ class Outcome:
     divided: bool
 
 
-def run(case: Case, folder: Path) -> Outcome:
+def run(case: Case, folder: Path, settings: train.Settings = SETTINGS) -> Outcome:
     """Train a prefix, save it, and use it while it is still divided.
 
     Args:
         case: Which one.
         folder: Where it is saved.
+        settings: How it is trained.
     """
     family = BY_NAME[case.family]
     base = _untied(build(family))
@@ -77,14 +79,14 @@ def run(case: Case, folder: Path) -> Outcome:
         checkpoint_activations(base, {"use_reentrant": False})
     model = in_training(get_peft_model(base, prefix_config(family, case.projection)))
     collator = PairCollator(PAD, family.is_encoder_decoder)
-    arguments = train.training_arguments(SETTINGS, str(folder))
+    arguments = train.training_arguments(settings, str(folder))
     # Not Adam, which would hide a gradient that is twice too large, and enlarge the rounding of one near 0.
     arguments.optim = "sgd"
-    _allow_fsdp_on_cpu()
     trainer = PrefixTrainer(model, arguments, data_collator=collator, train_dataset=pairs(family))
     trainer.train()
     trainer.save_model(str(folder))
-    divided = all(isinstance(parameter, DTensor) for parameter in model.parameters() if parameter.requires_grad)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    divided = all(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in learned)
     return Outcome(train.losses(trainer), *_used(model.eval()), divided)
 
 
@@ -100,18 +102,33 @@ def pairs(family: Family) -> list[EncodedPair]:
 @torch.no_grad()
 def _used(model: PeftModel) -> tuple[list[list[float]], list[list[int]]]:
     logits = [forward(model).logits]
-    for name, parameter in model.named_parameters():
-        if "hf_prefix" in name:
+    learned = [parameter for name, parameter in model.named_parameters() if "hf_prefix" in name]
+    with _changed(learned):
+        for parameter in learned:
             parameter.mul_(1.1)
     logits.append(forward(model).logits)
     words = model.generate(input_ids=tokens(2, 7), max_new_tokens=5, min_new_tokens=5, do_sample=False)
     return [_flat(found) for found in logits], words.tolist()
 
 
-def _allow_fsdp_on_cpu() -> None:
-    """Let accelerate divide models among CPU processes, too: it asks for several GPUs first (accelerate 1.15)."""
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        PartialState().distributed_type = DistributedType.MULTI_GPU
+def _changed(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Give whole parameters to change in place, where ZeRO-3 keeps only parts of them."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _use_engines_on_cpu() -> None:
+    """Let accelerate take CPUs with gloo for GPUs, which it asks for before it uses an engine (accelerate 1.15)."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.comm.torch
+
+        # Without the extension that it would compile to speak through shared memory.
+        deepspeed.comm.torch.build_shm_op = lambda: None
 
 
 def _flat(states: Tensor) -> list[float]:
@@ -123,14 +140,17 @@ def _untied(model: PreTrainedModel) -> PreTrainedModel:
     if model.config.is_encoder_decoder:
         for stack in (model.get_encoder(), model.get_decoder()):
             stack.embed_tokens = copy.deepcopy(stack.embed_tokens)
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
     return model
 
 
 def main() -> None:
     """Train every case, and note what came of it in each process."""
-    output = Path(sys.argv[1])
-    found = {case.name: asdict(run(case, output / case.name)) for case in CASES}
+    output, settings = Path(sys.argv[1]), SETTINGS
+    if any(os.environ.get(f"ACCELERATE_USE_{engine}") == "true" for engine in ("FSDP", "DEEPSPEED")):
+        _use_engines_on_cpu()
+        settings = replace(settings, use_cpu=False)
+    found = {case.name: asdict(run(case, output / case.name, settings)) for case in CASES}
     state = PartialState()
     found["engine"] = state.distributed_type.value
     (output / f"process-{state.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
