@@ -1,7 +1,6 @@
 """Lets `save_pretrained` of a transformers model with adapters of its own save a prefix as PEFT's does."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch.distributed
@@ -40,7 +39,7 @@ class AdapterSaving:
         if config is None:
             save(*args, **kwargs)
             return
-        options = _options(save, *args, **kwargs)
+        options = _options(self._model, *args, **kwargs)
         _check(options)
         with config.before_its_weights():
             save(*args, **kwargs)
@@ -60,9 +59,10 @@ class AdapterSaving:
         return config if isinstance(config, PrefixConfig) else None
 
 
-def _options(save: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+def _options(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """Return the arguments of a call by name, those with a default and those for the Hub included."""
-    call = inspect.signature(save).bind(*args, **kwargs)
+    # Of the class, because what is covered may be any wrapper around its method.
+    call = inspect.signature(PreTrainedModel.save_pretrained).bind(*args, **kwargs)
     call.apply_defaults()
     return {**call.arguments, **call.arguments["kwargs"]}
 

@@ -261,15 +261,36 @@ def test_a_copy_saves_its_own_prefix(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
-def test_another_adapter_and_another_method_are_saved_as_ever(tmp_path: Path) -> None:
+def test_another_adapter_is_saved_as_ever(tmp_path: Path) -> None:
     model = build(LLAMA)
-    model.save_pretrained = lambda folder, save=model.save_pretrained, **options: save(folder / "own", **options)
     model.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
     model.add_adapter(prefix_config(**FOLDED), "prefix")
     model.set_adapter("lora")
     model.save_pretrained(tmp_path, safe_serialization=True)
-    assert all("lora" in name for name in load_file(tmp_path / "own" / WEIGHTS))
-    assert PeftConfig.from_pretrained(tmp_path / "own").peft_type == "LORA"
+    assert all("lora" in name for name in load_file(tmp_path / WEIGHTS))
+    assert PeftConfig.from_pretrained(tmp_path).peft_type == "LORA"
+
+
+def test_a_method_that_was_covered_before_is_called(tmp_path: Path) -> None:
+    model, calls = build(LLAMA), []
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        type(model).save_pretrained(model, *args, **kwargs)
+
+    model.save_pretrained = counted
+    model.add_adapter(prefix_config(**FOLDED))
+    model.save_pretrained(tmp_path)
+    assert calls == [(tmp_path,)]
+    assert not has_projection(tmp_path)
+
+
+def test_names_without_the_prefix_of_peft_are_folded_alike(tmp_path: Path) -> None:
+    for name, peft_format in (("peft", True), ("plain", False)):
+        by_transformers(**FOLDED).save_pretrained(tmp_path / name, save_peft_format=peft_format)
+    wanted, found = (load_file(tmp_path / name / WEIGHTS) for name in ("peft", "plain"))
+    assert {"base_model.model." + name for name in found} == wanted.keys()
+    assert all(torch.equal(tensor, wanted["base_model.model." + name]) for name, tensor in found.items())
 
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
