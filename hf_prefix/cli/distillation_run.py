@@ -15,7 +15,7 @@ from hf_prefix.cli.console import progress_bar, say
 from hf_prefix.cli.fitting import FitSettings, TrainingData, fit_prefix
 from hf_prefix.cli.loading import Base
 from hf_prefix.cli.precision import Compute
-from hf_prefix.cli.run_files import TrainingRecord, package_versions, write_prefix_folder
+from hf_prefix.cli.run_files import TrainingRecord, write_prefix_folder
 from hf_prefix.cli.training_run import INTERRUPTED, Command
 from hf_prefix.errors import DataError
 from hf_prefix.training import PairEncoder
@@ -29,6 +29,7 @@ from hf_prefix.training.distillation import (
     ask_questions,
     mean_kl_divergence,
 )
+from hf_prefix.versions import package_versions
 
 _HELD_OUT_SHARE, _MOST_HELD_OUT = 0.1, 50
 """Of the lessons, so many are kept for measuring: at least one."""

@@ -1,6 +1,5 @@
 """The files of a prefix folder: how it was trained, what came out, and writing all of it or nothing."""
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -26,8 +25,6 @@ CURVE_FILE = "curve.png"
 
 PREFIX_CONFIG_FILE = "adapter_config.json"
 
-_PACKAGES = ("hf_prefix", "peft", "transformers", "torch")
-
 
 @dataclass(frozen=True)
 class TrainingRecord:
@@ -48,12 +45,6 @@ class TrainingRecord:
     stop_string: str | None = "\n"
     arguments: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on."""
-    known = {name: _version(name) for name in _PACKAGES}
-    return {name: version for name, version in known.items() if version is not None}
 
 
 def read_training_record(folder: Path) -> TrainingRecord:
@@ -139,10 +130,3 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

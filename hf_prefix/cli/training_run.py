@@ -15,12 +15,13 @@ from hf_prefix.cli.fitting import Evaluation, FitSettings, Saving, TrainingData,
 from hf_prefix.cli.loading import Base, TrainedPrefix
 from hf_prefix.cli.outcome import FitResult
 from hf_prefix.cli.precision import Compute
-from hf_prefix.cli.run_files import TrainingRecord, package_versions, write_prefix_folder
+from hf_prefix.cli.run_files import TrainingRecord, write_prefix_folder
 from hf_prefix.cli.scoring import decoding_settings
 from hf_prefix.errors import DataError, DivergenceError
 from hf_prefix.metrics import corpus_bleu
 from hf_prefix.tasks import Record, training_pairs
 from hf_prefix.training import EncodedPair, PairEncoder, generate_texts
+from hf_prefix.versions import package_versions
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""

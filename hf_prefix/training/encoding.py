@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -27,10 +27,12 @@ class EncodedPair(TypedDict):
         input_ids: Decoder-only: prompt, target and end token. Encoder-decoder: the source for the encoder.
         labels: Decoder-only: as `input_ids`, with `IGNORE_INDEX` on the prompt. Encoder-decoder: the target
             and end token.
+        references: Texts that the source should lead to, for evaluation by generated texts. Left out: the target.
     """
 
     input_ids: list[int]
     labels: list[int]
+    references: NotRequired[list[str]]
 
 
 @dataclass(frozen=True)
