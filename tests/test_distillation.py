@@ -364,12 +364,14 @@ def test_batches_without_a_teacher_are_refused(tmp_path: Path):
         mean_kl_divergence(student, [], LessonCollator(0))
 
 
-@pytest.mark.parametrize("wrong", ["label_smoothing_factor", "compute_loss_func"])
-def test_a_second_loss_is_refused(wrong: str, tmp_path: Path):
-    settings = arguments(tmp_path, **({wrong: 0.1} if wrong.startswith("label") else {}))
-    function = {} if wrong.startswith("label") else {wrong: print}
-    with pytest.raises(TrainingError, match=f"leave out .*{wrong}"):
-        DistillationTrainer(student_of(tiny_llama(), 6), settings, **function)
+@pytest.mark.parametrize(
+    "wrong", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": print}, {"loss_reduction": "sentence"}]
+)
+def test_a_second_loss_is_refused(wrong: dict[str, Any], tmp_path: Path):
+    smoothed = "label_smoothing_factor" in wrong
+    settings = arguments(tmp_path, **(wrong if smoothed else {}))
+    with pytest.raises(TrainingError, match=f"leave out .*{next(iter(wrong))}"):
+        DistillationTrainer(student_of(tiny_llama(), 6), settings, **({} if smoothed else wrong))
 
 
 def test_a_divergence_that_is_not_finite_stops_the_training(tmp_path: Path):

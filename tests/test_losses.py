@@ -116,6 +116,19 @@ def test_a_step_is_the_mean_over_all_that_it_accumulates(
         torch.testing.assert_close(trainer.found[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+def test_models_whose_forward_takes_no_further_arguments_accumulate_alike(tmp_path: Path) -> None:
+    model = attach(BART, prefix_init="real_tokens")
+    arguments = training_arguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=ROWS, max_grad_norm=0.0
+    )
+    trainer = Recorded(model, arguments, data_collator=pad_labels, train_dataset=rows(BART), base_dropout=False)
+    # As Trainer finds where a forward has no **kwargs.
+    trainer.model_accepts_loss_kwargs = False
+    trainer.train()
+    for name, gradient in expected_gradients(BART, "token", 0.0).items():
+        torch.testing.assert_close(trainer.found[name], gradient, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("reduction", ["token", "sentence"])
 def test_the_loss_of_an_evaluation_is_the_mean_over_the_data(
     some_family: Family, reduction: Any, tmp_path: Path

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_prefix import PrefixConfig
-from hf_prefix.training import FiniteGradients, PairCollator, PairEncoder, PrefixTrainer
+from hf_prefix.training import BaseDropoutOff, FiniteGradients, PairCollator, PairEncoder, PrefixTrainer
 from tiny_model import tiny_llama, tiny_tokenizer
 
 PAIRS = [("name : A", "A is here."), ("x : y", "Yes, x is y.")]
@@ -49,9 +49,9 @@ def callbacks(run: Trainer) -> list[str]:
 
 
 @pytest.mark.parametrize("disable_tqdm", [False, True])
-def test_only_the_check_of_gradients_is_added(disable_tqdm: bool, tmp_path: Path):
+def test_only_the_check_of_gradients_and_the_switch_of_dropout_are_added(disable_tqdm: bool, tmp_path: Path):
     plain, ours = (trainer(kind, tmp_path, disable_tqdm=disable_tqdm) for kind in (Trainer, PrefixTrainer))
-    assert callbacks(ours) == [*callbacks(plain), FiniteGradients.__name__]
+    assert callbacks(ours) == [*callbacks(plain), FiniteGradients.__name__, BaseDropoutOff.__name__]
     assert ("ProgressCallback" in callbacks(ours)) is not disable_tqdm
 
 

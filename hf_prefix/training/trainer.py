@@ -75,9 +75,6 @@ class PrefixTrainer(Trainer):
             self.add_callback(self._dropout_off)
         # DataParallel would cut a list of columns into one part per device.
         self._can_keep_logits = accepts_logits_to_keep(self._plain_model()) and self.args.n_gpu <= 1
-        if self.compute_loss_func is None:
-            # Every loss is weighted for accumulation here, whatever the model's own loss can do.
-            self.model_accepts_loss_kwargs = True
         self._evaluated: Any = None
         self._check()
 
@@ -121,6 +118,9 @@ class PrefixTrainer(Trainer):
             batch = self._completed(inputs) if return_outputs else self._reduced(self._completed(inputs))
             mean, outputs = super().compute_loss(model, batch, True, None)
             loss = mean * self._weight(labels, num_items_in_batch)
+            if model.training and not self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+                # Trainer then divides by it, taking the loss for a mean over one batch.
+                loss = loss * self.current_gradient_accumulation_steps
         if model.training:
             self._finite.check_loss(self, loss, inputs)
         return (loss, outputs) if return_outputs else loss
@@ -270,6 +270,7 @@ class PrefixTrainer(Trainer):
         return inputs | {"decoder_input_ids": shift(labels=inputs["labels"])}
 
     def _reduced(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch asking for no more logits than the loss needs, where the model lets one ask."""
         return keep_labelled_logits(batch) if self._can_keep_logits and not self.args.use_liger_kernel else batch
 
     def _plain_model(self) -> Any:

@@ -30,7 +30,8 @@ class DistillationTrainer(PrefixTrainer):
     batches, `mean_kl_divergence` one over tokens.
 
     Raises:
-        TrainingError: Label smoothing or a loss function of the caller's was asked for: there is one loss here.
+        TrainingError: Label smoothing, a mean over sentences, or a loss function of the caller's was asked for: there
+            is one loss here.
     """
 
     compute_loss_func: Callable[..., Tensor] | None
@@ -38,11 +39,12 @@ class DistillationTrainer(PrefixTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.compute_loss_func is not None or self.label_smoother is not None:
+        others = self.compute_loss_func is not None or self.label_smoother is not None
+        if others or self.loss_reduction != "token":
             raise TrainingError(
-                "DistillationTrainer has a loss of its own; leave out compute_loss_func and label_smoothing_factor."
+                "DistillationTrainer has a loss of its own; leave out compute_loss_func, label_smoothing_factor and "
+                "loss_reduction."
             )
-        self._is_encoder_decoder = bool(_base(self.model).config.is_encoder_decoder)
         # Trainer hands outputs and labels to a loss function, and counts the labels of accumulated batches for it.
         self.compute_loss_func = self._mean_loss
         # The columns that Trainer keeps are the model's arguments and the labels.
@@ -72,6 +74,8 @@ class DistillationTrainer(PrefixTrainer):
             raise DataError(f"The batch has no {missing}; train on the lessons of a Teacher with a LessonCollator.")
         self._teacher = teacher_outcomes(inputs)
         inputs = {name: value for name, value in inputs.items() if name not in TEACHER_LABELS}
+        if not return_outputs:
+            inputs = self._reduced(inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _mean_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
