@@ -214,6 +214,22 @@ def test_gradient_checkpointing_runs_layers_twice_and_learns_the_same(
     assert largest_difference(tmp_path / "plain", tmp_path / "checkpointed") < 1e-5
 
 
+def test_dropout_of_the_base_model_is_off_in_gpt2_unless_asked_for(gpt2: Path, data: Path, tmp_path: Path):
+    for name, options in {"default": [], "off": ["--no-base-dropout"], "on": ["--base-dropout"]}.items():
+        succeeds(train_on(gpt2, data, tmp_path / name, *options))
+    assert all(same_bits(tmp_path / "default", tmp_path / "off"))
+    assert not any(same_bits(tmp_path / "default", tmp_path / "on"))
+
+
+def test_the_loss_of_a_sentence_is_a_sum_over_its_tokens(llama: Path, data: Path, tmp_path: Path):
+    for loss in ("token", "sentence"):
+        succeeds(train_on(llama, data, tmp_path / loss, "--loss", loss, "--max-steps", 1))
+    by_token, by_sentence = (metrics(tmp_path / loss)["losses"][0] for loss in ("token", "sentence"))
+    tokens_in_two_rows = 2 * by_sentence / by_token
+    assert tokens_in_two_rows > 4
+    assert tokens_in_two_rows == pytest.approx(round(tokens_in_two_rows), abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def start(llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prefix that has hardly moved from its start."""

@@ -8,6 +8,7 @@ import typer
 Precision = Literal["auto", "float32", "bfloat16"]
 Initialization = Literal["real_tokens", "text", "zero", "random"]
 ProjectionInitialization = Literal["least_squares", "mse"]
+Loss = Literal["token", "sentence"]
 
 DATA_PANEL = "Data"
 DECODING_PANEL = "Decoding"

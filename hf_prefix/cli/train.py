@@ -15,7 +15,7 @@ from hf_prefix.cli.fitting import FitSettings
 from hf_prefix.cli.loading import BaseModelName, load_base
 from hf_prefix.cli.precision import choose_compute
 from hf_prefix.cli.run_files import check_output_folder
-from hf_prefix.cli.training_run import Command, DevData, TrainingRun
+from hf_prefix.cli.training_run import Command, DevData, Objective, TrainingRun
 from hf_prefix.tasks import training_pairs
 
 EXAMPLES = """Examples:
@@ -115,6 +115,20 @@ def train(
         float,
         typer.Option(min=0, help="Scale longer gradients down to this length; 0: never.", rich_help_panel=_FITTING),
     ] = 1.0,
+    loss: Annotated[
+        options.Loss,
+        typer.Option(
+            help="Mean over target tokens, or, as in the paper's code for GPT-2, over sentences.",
+            rich_help_panel=_FITTING,
+        ),
+    ] = "token",
+    base_dropout: Annotated[
+        bool | None,
+        typer.Option(
+            help="Dropout of the base model (default: as in the paper's code, only in encoder-decoders).",
+            rich_help_panel=_FITTING,
+        ),
+    ] = None,
     dtype: Annotated[
         options.Precision,
         typer.Option(help="Number format; auto: bfloat16 where the hardware has it.", rich_help_panel=_FITTING),
@@ -191,6 +205,7 @@ def train(
         output,
         dev,
         None if save_steps is None else Checkpoints(output, save_steps, resume, overwrite),
+        Objective(loss, base_dropout),
     )
     _, result = run.run(base, pairs, Command.of(context))
     say(f"Saved the prefix to {output} after {result.steps} steps ({result.seconds:.0f} s).")

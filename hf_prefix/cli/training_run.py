@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_prefix.cli.checkpoints import Checkpoints, fingerprint, step_of
 from hf_prefix.cli.console import say
 from hf_prefix.cli.fitting import Evaluation, FitSettings, Saving, TrainingData, fit_prefix
 from hf_prefix.cli.loading import Base, TrainedPrefix
+from hf_prefix.cli.options import Loss
 from hf_prefix.cli.outcome import FitResult
 from hf_prefix.cli.precision import Compute
 from hf_prefix.cli.run_files import TrainingRecord, write_prefix_folder
@@ -20,7 +22,7 @@ from hf_prefix.cli.scoring import decoding_settings
 from hf_prefix.errors import DataError, DivergenceError
 from hf_prefix.metrics import corpus_bleu
 from hf_prefix.tasks import Record, training_pairs
-from hf_prefix.training import EncodedPair, PairEncoder, generate_texts
+from hf_prefix.training import EncodedPair, PairEncoder, PrefixTrainer, generate_texts
 from hf_prefix.versions import package_versions
 
 INTERRUPTED = 130
@@ -72,6 +74,23 @@ class DevData:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What the loss is; see `hf_prefix.training.PrefixTrainer`.
+
+    Args:
+        loss: What it is a mean of.
+        base_dropout: Whether the base model's dropout is on; None: as in the paper's code.
+    """
+
+    loss: Loss = "token"
+    base_dropout: bool | None = None
+
+    def trainer(self) -> Callable[..., PrefixTrainer]:
+        """Return what makes the trainer."""
+        return partial(PrefixTrainer, loss_reduction=self.loss, base_dropout=self.base_dropout)
+
+
+@dataclass(frozen=True)
 class TrainingRun:
     """Everything that decides a training, apart from base model and data.
 
@@ -83,6 +102,7 @@ class TrainingRun:
         output: Where the result goes.
         dev: What is measured during training; None: nothing but the loss.
         checkpoints: Where checkpoints go; None: there are none.
+        objective: What the loss is.
     """
 
     prefix: NewPrefix
@@ -92,6 +112,7 @@ class TrainingRun:
     output: Path
     dev: DevData | None = None
     checkpoints: Checkpoints | None = None
+    objective: Objective = Objective()
 
     def run(self, base: Base, pairs: Sequence[tuple[str, str]], command: Command) -> tuple[TrainedPrefix, FitResult]:
         """Train a prefix and save it; after Ctrl-C too, but then the command ends.
@@ -128,7 +149,15 @@ class TrainingRun:
         )
         data = TrainingData(encoded, collator)
         try:
-            result = fit_prefix(model, data, self.settings, self.compute, evaluation=evaluation, saving=saving)
+            result = fit_prefix(
+                model,
+                data,
+                self.settings,
+                self.compute,
+                trainer_class=self.objective.trainer(),
+                evaluation=evaluation,
+                saving=saving,
+            )
         except DivergenceError:
             if saving is not None:
                 say(
