@@ -1,5 +1,6 @@
 """Every Python block of the documentation runs, and what it says of commands is what CI does."""
 
+import contextlib
 import re
 import warnings
 from pathlib import Path
@@ -41,7 +42,9 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
         # Trainer's default suits a GPU, which the machine of a reader may have.
         warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
         for block in blocks(page):
-            exec(compile(block, str(page), "exec"), names)  # noqa: S102 - the blocks are ours
+            # Those with transformers' own adapter methods are skipped where it refuses the installed PEFT.
+            with contextlib.suppress(pytest.skip.Exception):
+                exec(compile(block, str(page), "exec"), names)  # noqa: S102 - the blocks are ours
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.functional import set_adapter
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -246,16 +247,16 @@ def test_a_step_without_gradients_after_one_with_them_is_no_reentrant_checkpoint
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 def test_with_lora_it_is_a_prompt_of_the_model_as_it_is_then() -> None:
     model, lora = build(LLAMA), LoraConfig(r=2, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
-    model.add_adapter(lora, adapter_name="lora")
+    inject_adapter_in_model(lora, model, "lora")
     options = {"prefix_init": "token_ids", "prefix_init_token_ids": PROMPT}
-    model.add_adapter(PrefixConfig(task_type="CAUSAL_LM", embedding_only=True, **options), adapter_name="prefix")
-    model.set_adapter(["lora", "prefix"])
+    inject_adapter_in_model(PrefixConfig(task_type="CAUSAL_LM", embedding_only=True, **options), model, "prefix")
+    set_adapter(model, ["lora", "prefix"])
     words = tokens(2, 9)
     for _ in range(2):
         with torch.no_grad():
-            model.set_adapter(["lora", "prefix"])
+            set_adapter(model, ["lora", "prefix"])
             found = model(input_ids=words).logits
-            model.set_adapter(["lora"])
+            set_adapter(model, ["lora"])
             real = torch.cat([torch.tensor([PROMPT]).expand(2, -1), words], dim=1)
             wanted = model(input_ids=real).logits[:, PREFIX_LENGTH:]
             torch.testing.assert_close(found, wanted, atol=PROMPT_TOLERANCE, rtol=0)

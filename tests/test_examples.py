@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
+from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
 from tiny_model import save_with_tokenizer, tiny_llama
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -39,6 +43,9 @@ def test_every_capability_that_the_readme_claims() -> None:
     rows = [line.strip("| ").split(" | ") for line in run("capabilities.py").splitlines()[2:]]
     readme = README.read_text(encoding="utf-8").splitlines()
     claimed = [line.strip("| ").split(" | ")[0] for line in readme if line.endswith("| yes |")]
+    if Version(MIN_PEFT_VERSION) > Version(peft.__version__):
+        # transformers 5.24 refuses it whatever the PEFT method, until PEFT 0.22 is out.
+        claimed.remove("`model.add_adapter` of transformers")
     assert [title for title, _, ours in rows if ours == "yes"] == claimed
 
 

@@ -1,12 +1,15 @@
 """Guarantee 3, one answer: every way to run a prefixed model gives the same logits and the same words."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from families import Family, tokens
+from families import Family, build, tokens
+from hf_prefix.attention.discovery import find_sites
+from hf_prefix.attention.sites import CACHE_ARGUMENTS, first_present
 from matrix import (
     BY_NAME,
     LENGTH,
@@ -110,6 +113,29 @@ def test_a_decoder_goes_on_from_the_returned_cache(seq2seq_family: Family, backe
     encoded = model.get_base_model().get_encoder()(input_ids=batch.words)
     second = model(encoder_outputs=encoded, decoder_input_ids=said[:, cached:], **{CACHE: cache_of(first)}).logits
     assert_same(second, model(input_ids=batch.words, decoder_input_ids=said).logits[:, cached:])
+
+
+@torch.no_grad()
+def test_attention_that_is_told_its_cache_by_the_old_name(causal_family: Family, backend: str) -> None:
+    # As code does that was written before transformers 5.24 and calls modules of transformers.
+    model = attach(causal_family, backend)
+    words, batch = tokens(2, 12), only_words(2, 12)
+    cache = new_cache("dynamic", model, causal_family, capacity=12, source=0)
+    modules = [site.module for site in find_sites(build(causal_family, backend))]
+    wanted = model(input_ids=words, use_cache=False).logits
+    names = {type(module) for module in modules}
+    renamed = []
+    for module in model.modules():
+        if type(module) in names:
+            module.register_forward_pre_hook(partial(_old_name, renamed), with_kwargs=True, prepend=True)
+    assert_same(stepwise_logits(model, causal_family, batch, words, cache, [9, 1, 2]), wanted)
+    assert len(renamed) == 3 * len(modules)
+
+
+def _old_name(renamed: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    renamed.append(type(module).__name__)
+    name = first_present(CACHE_ARGUMENTS, kwargs)
+    return args, {"past_key_values" if key == name else key: value for key, value in kwargs.items()}
 
 
 # --- Beams and candidates ------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from peft.functional import set_adapter
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -89,15 +90,16 @@ def test_mse_comes_near_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 def test_named_prefix_of_a_plain_model_with_lora_beside_it(tokenizer: PreTrainedTokenizerFast) -> None:
     model = build(LLAMA)
-    model.add_adapter(LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False), "lora")
-    model.add_adapter(prefix_config(LLAMA, **OPTIONS), "prefix")
-    model.add_adapter(prefix_config(LLAMA, num_virtual_tokens=2), "other")
-    model.set_adapter(["lora", "prefix"])
+    lora = LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    inject_adapter_in_model(lora, model, "lora")
+    inject_adapter_in_model(prefix_config(LLAMA, **OPTIONS), model, "prefix")
+    inject_adapter_in_model(prefix_config(LLAMA, num_virtual_tokens=2), model, "other")
+    set_adapter(model, ["lora", "prefix"])
     initialize_from_text(model.eval(), TEXT, tokenizer, "prefix")
     words = tokens(2, 7)
     with torch.no_grad():
         found = model(input_ids=words).logits
-        model.set_adapter("lora")
+        set_adapter(model, "lora")
         prompt = torch.tensor([IDS]).expand(2, -1)
         wanted = model(input_ids=torch.cat([prompt, words], dim=1)).logits[:, 5:]
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)

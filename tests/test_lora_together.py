@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.functional import set_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from adapters import LLAMA, T5, logits, loss, one_step, prefix_config
@@ -45,6 +47,13 @@ def some_family(request: pytest.FixtureRequest) -> Family:
     return request.param
 
 
+def switch(model: PreTrainedModel, on: bool) -> None:
+    """Switch all adapters on or off."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(on)
+
+
 def lora_config(family: Family) -> LoraConfig:
     """Return a LoRA that changes the outputs from the start."""
     targets = ["q", "v"] if family is T5 else ["q_proj", "v_proj"]
@@ -58,9 +67,7 @@ def attach(family: Family, add: Add, names: list[str], projection: bool) -> PreT
         # LoRA draws its numbers from the global generator.
         torch.manual_seed(3)
         add(model, lora_config(family) if name == "lora" else prefix_config(family, projection), name)
-    # As transformers' set_adapter needs it; PEFT's function leaves the flag to its caller.
-    model._hf_peft_config_loaded = True
-    model.set_adapter(names)
+    set_adapter(model, names)
     return model.eval()
 
 
@@ -76,8 +83,21 @@ def test_each_is_switched_alone(some_family: Family, add: Add, order: list[str],
     model = attach(some_family, add, order, projection)
     together = logits(model)
     for name in order:
-        model.set_adapter(name)
+        set_adapter(model, name)
         assert torch.equal(logits(model), logits(attach(some_family, add, [name], projection))), name
+    switch(model, on=False)
+    assert torch.equal(logits(model), logits(build(some_family)))
+    switch(model, on=True)
+    set_adapter(model, order)
+    assert torch.equal(logits(model), together)
+
+
+def test_transformers_switches_each_alone(some_family: Family, order: list[str]) -> None:
+    model = attach(some_family, by_transformers, order, projection=False)
+    together = logits(model)
+    for name in order:
+        model.set_adapter(name)
+        assert torch.equal(logits(model), logits(attach(some_family, by_peft, [name], projection=False))), name
     model.disable_adapters()
     assert torch.equal(logits(model), logits(build(some_family)))
     model.enable_adapters()
@@ -88,7 +108,7 @@ def test_each_is_switched_alone(some_family: Family, add: Add, order: list[str],
 def test_both_are_trained_and_nothing_else(some_family: Family, add: Add, order: list[str], projection: bool) -> None:
     model = attach(some_family, add, order, projection).train()
     model.requires_grad_(False)
-    model.set_adapter(order)
+    set_adapter(model, order)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     one_step(model)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}

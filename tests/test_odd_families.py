@@ -264,3 +264,11 @@ def test_compressed_windows_move_with_their_tokens(layers: list[int] | None) -> 
     wanted = build(DEEPSEEK_V4)(input_ids=tokens, use_cache=False).logits
     assert same(moved, wanted)
     assert same(cached, wanted)
+
+
+def test_keys_of_the_last_run_alone_are_refused() -> None:
+    # The setting of Dory, which transformers has from 5.24 on.
+    model = build(XLM)
+    model.config.recurrent_kv_cache_mode = "last_loop"
+    with pytest.raises(UnsupportedModelError, match=r"the last run only.*recurrent_kv_cache_mode='per_loop'"):
+        attach(model)

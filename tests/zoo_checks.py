@@ -47,13 +47,16 @@ _CONVOLUTION = "it mixes each token with those before it by a convolution, which
 NO_PROMPT = {
     **dict.fromkeys(("causal-bailing_hybrid", "causal-bamba", "causal-falcon_h1"), _RECURRENT),
     **dict.fromkeys(("causal-granitemoehybrid", "causal-jamba", "causal-kimi_linear"), _RECURRENT),
-    **dict.fromkeys(("causal-minimax", "causal-nemotron_h", "causal-olmo_hybrid", "causal-qwen3_5"), _RECURRENT),
+    **dict.fromkeys(
+        ("causal-lara_mini", "causal-minimax", "causal-nemotron_h", "causal-olmo_hybrid", "causal-qwen3_5"), _RECURRENT
+    ),
     **dict.fromkeys(("causal-qwen3_5_moe", "causal-qwen3_5_moe_text", "causal-qwen3_5_text"), _RECURRENT),
     **dict.fromkeys(("causal-qwen3_next", "causal-qwen4_exp", "causal-qwen4_exp_text"), _RECURRENT),
     **dict.fromkeys(("causal-recurrent_gemma", "causal-zamba", "causal-zamba2"), _RECURRENT),
     "seq2seq-nemo_speechlm": _RECURRENT,
     **dict.fromkeys(("causal-lfm2", "causal-lfm2_moe", "causal-lfm3"), _CONVOLUTION),
     **dict.fromkeys(("causal-inkling_text", "causal-inkling2_text", "causal-zaya"), _CONVOLUTION),
+    "causal-inkling2_loop_text": _CONVOLUTION,
     "causal-deepseek_v4": "it compresses windows of the prompt to further keys, of which a prefix has none",
     "seq2seq-voxtral_realtime": "a piece of audio is added to every token of a prompt, and to no virtual token",
 }

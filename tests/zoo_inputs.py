@@ -164,6 +164,11 @@ def _glm_asr(request: Request) -> Extra:
     return Extra(arguments, 4, _token(request.config, "audio"))
 
 
+def _omniasr(request: Request) -> Extra:
+    # Convolutions of stride 4 and 2.
+    return Extra({"input_values": request.numbers(1, 32)}, 4, _token(request.config, "audio"))
+
+
 def _granite_speech(request: Request) -> Extra:
     config = request.config
     frames = 2 * config.window_size
@@ -306,6 +311,7 @@ _EXTRAS: dict[str, Callable[[Request], Extra]] = {
     "musicgen": _encoder_states,
     "musicgen_melody": _encoder_states,
     "nemo_speechlm": _nemo,
+    "omniasr": _omniasr,
     "phi4_multimodal": _phi4,
     "qwen2_audio": _whisper_like(4),
     "qwen3_asr": _qwen3_asr,

@@ -160,6 +160,22 @@ CAUSAL_OVERRIDES: dict[str, dict[str, Any]] = {
     "causal-gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
     "causal-granitemoehybrid": _LINEAR_AND_FULL,
     "causal-hrm_text": {"num_hidden_layers": 1, "L_cycles": 2},
+    # Two layers in the middle run twice.
+    "causal-dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+    },
+    "causal-inkling2_loop_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+        "loop_gate_rank": 4,
+    },
     "causal-hy_v4": {"indexer_types": ["full", "shared"]},
     "causal-bamba": {"attn_layer_indices": [1]},
     "causal-bailing_hybrid": _LINEAR_AND_FULL | {"short_conv_kernel_size": 4},

@@ -105,6 +105,17 @@ SEQ2SEQ_OVERRIDES: dict[str, dict[str, Any]] = {
         },
         "word_timestamp_config": {"blank_token_id": 98, "num_key_value_heads": 4},
     },
+    "seq2seq-omniasr": {
+        "audio_config": {
+            "model_type": "omniasr_audio",
+            "conv_dim": (8, 8),
+            "conv_kernel": (4, 2),
+            "conv_stride": (4, 2),
+            "num_conv_pos_embeddings": 4,
+            "num_conv_pos_embedding_groups": 2,
+        },
+        "text_config": _LLAMA,
+    },
     "seq2seq-pegasus_x": {"block_size": 8, "num_global_tokens": 4},
     "seq2seq-nllb-moe": {"encoder_layers": 3, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "seq2seq-qwen2_audio": {

@@ -13,7 +13,7 @@ _METHOD = "init_continuous_batching"
 class ContinuousBatchingGuard:
     """Stands on a model in place of the method that every way into continuous batching calls first.
 
-    transformers 5.17 to 5.23 run the model in a thread of their own there and turn what it raises into requests
+    transformers 5.17 to 5.24 run the model in a thread of their own there and turn what it raises into requests
     marked as failed, which is easily overlooked. They offer no hook before that thread, so the method is covered on
     the one model that carries a prefix; `remove` uncovers it. While no prefix is active, the method runs as ever.
 

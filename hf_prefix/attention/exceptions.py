@@ -39,6 +39,11 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} (model type {kind!r}) cannot carry a prefix: {_REFUSED[kind]}. Use another PEFT method for it."
         )
+    if getattr(model.config, "recurrent_kv_cache_mode", None) == "last_loop":
+        raise UnsupportedModelError(
+            f"{name} runs layers several times and keeps the keys of the last run only, of which the runs before it "
+            "are told past the cache; load it with recurrent_kv_cache_mode='per_loop'."
+        )
     if not model.config.is_encoder_decoder and _attends_to_random_blocks(model):
         raise UnsupportedModelError(
             f"{name} attends to blocks of keys that it draws at random, to which a prefix cannot be added; load it "

@@ -102,7 +102,8 @@ def _distances_decide(stack: nn.Module) -> bool:
     """Whether tokens can stand before position 0; some models scale queries by their positions (Ministral 3)."""
     if rotary_kind(stack) is None or not has_weights(stack):
         return True
-    tokens = torch.tensor([[0, 1]], device=device_of(stack) or CPU)
+    # Across position 0, where a table of rotations would start again from its end.
+    tokens = torch.tensor([[0, 1, 2]], device=device_of(stack) or CPU)
     options = {PADDING_MASK_ARGUMENT: torch.ones_like(tokens), "use_cache": False}
     with torch.no_grad(), recording(stack, ()):
         here, before = (stack(tokens, **{POSITIONS_ARGUMENT: tokens + start}, **options)[0] for start in (0, -2))

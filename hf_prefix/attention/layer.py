@@ -1,5 +1,6 @@
 """The child module that puts a prefix into one attention module."""
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from hf_prefix.attention.sites import (
     forward_parameters,
     named_arguments,
     place_in_cache,
+    rename_cache,
     text_config,
 )
 from hf_prefix.attention.tuner_layer import Arguments, HookResult, PrefixTunerLayer, StackCall
@@ -140,6 +142,7 @@ class PrefixLayer(PrefixTunerLayer):
             return None
         arguments = named_arguments(module, args, kwargs)
         check_no_pages(arguments)
+        rename_cache(arguments, self._cache_argument)
         hidden_states = new_tokens(module, arguments[forward_parameters(module)[0]])
         cache = self._used_half(arguments.get(self._cache_argument))
         extent = Extent.of(hidden_states, cache, place_in_cache(module, arguments))
@@ -222,7 +225,11 @@ class PrefixLayer(PrefixTunerLayer):
         config = text_config(self._stack[0])
         if MERGED_MASK_ARGUMENT in arguments:
             return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-        return DynamicCache(config=config)
+        cache = DynamicCache(config=config)
+        # A model whose modules run several times adds layers like those of their first run (Inkling 2 Loop).
+        missing = max(place or 0 for place in self._places) + 1 - len(cache.layers)
+        cache.layers += [copy.deepcopy(cache.layers[cast(int, self._places[0])]) for _ in range(missing)]
+        return cache
 
     def _view(self, cache: Cache | None) -> CacheView:
         view = PrefixedCache(cache, self._prefix_at, self._cross_attention)

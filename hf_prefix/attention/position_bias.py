@@ -26,6 +26,7 @@ from hf_prefix.attention.sharding import call_with_whole_tables
 from hf_prefix.attention.sites import (
     ALIBI_ARGUMENT,
     BIAS_ARGUMENT,
+    DISTANCES_ARGUMENT,
     KEY_POSITIONS_ARGUMENT,
     AttentionSite,
     RelativeBias,
@@ -168,6 +169,8 @@ class _OwnBias:
 class KeyDistances:
     """Hooks on the module that an attention module asks for the bias of its keys' distances, as Inkling's do.
 
+    Inkling tells it the places of queries and keys; Inkling 2, from transformers 5.24 on, the distances and positions.
+
     Args:
         prefix_length: Gives the number of virtual tokens that are active in the attention module.
     """
@@ -183,7 +186,7 @@ class KeyDistances:
             attention: The attention module.
         """
         for module in attention.children():
-            if KEY_POSITIONS_ARGUMENT in forward_parameters(module):
+            if {KEY_POSITIONS_ARGUMENT, DISTANCES_ARGUMENT} & set(forward_parameters(module)):
                 self._is_asked = True
                 yield module.register_forward_hook(self.after_bias, with_kwargs=True)
 
@@ -202,13 +205,29 @@ class KeyDistances:
                 f"attn_implementation='flex_attention' does not say which token of a row is the first, from which "
                 f"{type(module).__name__} counts the distance to the prefix; use 'sdpa' or 'eager'."
             )
-        states, queries, keys = named_arguments(module, args, kwargs).values()
+        states, *told = named_arguments(module, args, kwargs).values()
         rows, length = states.shape[:2]
-        # Where a sliding window has left the first token behind, the prefix is out of the bias's reach anyway.
-        first = keys[:1, None] if self._mask is None else keys[first_visible(self._mask).to(keys.device)]
-        places = (queries - first).expand(rows, -1)
-        prefix = torch.arange(-prefix_length, 0, device=queries.device)
+        tells_distances = DISTANCES_ARGUMENT in forward_parameters(module)
+        distances = told[0] if tells_distances else told[0][:, None] - told[1]
+        places = self._distances_to_first(distances).expand(rows, -1).flatten()
+        prefix = torch.arange(-prefix_length, 0, device=distances.device)
         # All rows as queries of one, since the module knows one place per query.
-        front = type(module).forward(module, states.flatten(0, 1)[None], places.flatten(), prefix)
+        if tells_distances:
+            told = [places[:, None] - prefix, told[1].expand(rows, -1).flatten()[None]]
+        else:
+            told = [places, prefix]
+        front = type(module).forward(module, states.flatten(0, 1)[None], *told)
         front = front[0].unflatten(1, (rows, length)).transpose(0, 1)
         return torch.cat([front, bias], dim=-1)
+
+    def _distances_to_first(self, distances: Tensor) -> Tensor:
+        """Return how far each query is from the first real token of its row [row or 1, query].
+
+        Args:
+            distances: How far each query is from each key [query, key].
+        """
+        if self._mask is None:
+            return distances[None, :, 0]
+        # Where a sliding window has left the first token behind, the prefix is out of the bias's reach anyway.
+        first = first_visible(cast(Tensor, self._mask)).to(distances.device)
+        return distances.expand(len(first), -1, -1).gather(-1, first[..., None])[..., 0]

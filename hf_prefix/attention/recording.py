@@ -23,6 +23,7 @@ from hf_prefix.attention.sites import (
     first_present,
     forward_parameters,
     named_arguments,
+    rename_cache,
     text_config,
     tokens_per_place,
 )
@@ -106,6 +107,7 @@ class _Recorder:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         arguments = named_arguments(module, args, kwargs)
         name = str(first_present(CACHE_ARGUMENTS, forward_parameters(module)))
+        rename_cache(arguments, name)
         cross_attention = attends_to_encoder(module, arguments)
         call = self.calls.setdefault(module, RecordedCall(cross_attention, dict(arguments)))
         arguments[name] = replace_cache(

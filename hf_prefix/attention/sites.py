@@ -34,6 +34,8 @@ SHARED_STATES_ARGUMENT = "shared_kv_states"
 PREVIOUS_SELECTION_ARGUMENT = "prev_topk_indices"
 POSITIONS_ARGUMENT = "position_ids"
 KEY_POSITIONS_ARGUMENT = "key_positions"
+DISTANCES_ARGUMENT = "relative_distance"
+_PASS_ARGUMENTS = ("cycle_offset", "cache_offset")
 _PAST_LENGTH_ARGUMENTS = ("past_key_values_length", "cache_length")
 _LANGUAGES_ARGUMENT = "langs"
 STACK_INPUT_ARGUMENTS = ("input_ids", "inputs_embeds")
@@ -79,6 +81,16 @@ def first_present(names: tuple[str, ...], among: Container[str]) -> str | None:
 def cache_argument(model: nn.Module) -> str | None:
     """Return what a model calls its cache, as an argument and in what it returns, or None where it takes none."""
     return first_present(CACHE_ARGUMENTS, forward_parameters(model))
+
+
+def rename_cache(arguments: dict[str, Any], name: str) -> None:
+    """Give the cache in a call of an attention module the name that the module has for it, in place.
+
+    Code written before transformers 5.24 calls the modules of 5.24 by the old name, which they take, too.
+    """
+    given = first_present(CACHE_ARGUMENTS, arguments)
+    if name not in arguments and given is not None:
+        arguments[name] = arguments.pop(given)
 
 
 def past_length_argument(module: nn.Module) -> str | None:
@@ -192,10 +204,10 @@ def _layer_type(module: nn.Module) -> str | None:
 def place_in_cache(module: nn.Module, arguments: dict[str, Any]) -> int | None:
     """Return the place of the cache that a call of an attention module stores into.
 
-    A module that runs several times is told which run this is: by the layer (Zamba) or by an offset (HRM).
+    A module that runs several times is told which run this is: by the layer (Zamba) or by an offset (HRM, Dory).
     """
     place = arguments.get("layer_idx", getattr(module, "layer_idx", getattr(module, "layer_id", None)))
-    return None if place is None else int(place) + int(arguments.get("cycle_offset", 0))
+    return None if place is None else int(place) + sum(int(arguments.get(name, 0)) for name in _PASS_ARGUMENTS)
 
 
 def counts_cached_tokens(stack: nn.Module) -> bool:
