@@ -387,10 +387,10 @@ def test_every_example_is_seen_once_per_epoch_in_batches_of_like_length():
     order = length_grouped_order(LENGTHS, BATCH, "0 0")
     assert sorted(order) == list(range(len(LENGTHS)))
     assert padding(order) < padding(range(len(LENGTHS))) / 4
-    # The longest first; of those after it, the order has nothing to do with the length.
-    assert max(LENGTHS) in [LENGTHS[index] for index in order[:BATCH]]
-    longest = [max(LENGTHS[index] for index in batch) for batch in batches(order)[1:]]
-    assert longest not in (sorted(longest), sorted(longest, reverse=True))
+    # Pools of a quarter of the 50 full batches, and a rest, each from long to short.
+    pools = [[LENGTHS[index] for index in order[start : start + 48]] for start in range(0, len(order), 48)]
+    assert all(pool == sorted(pool, reverse=True) for pool in pools)
+    assert len(pools) == 5
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():

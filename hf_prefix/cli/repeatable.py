@@ -48,10 +48,10 @@ class RepeatableOrder(Dataset[Mapping[str, Any]]):
 
 
 def length_grouped_order(lengths: Sequence[int], batch_size: int, seed: str) -> list[int]:
-    """Return indices whose consecutive batches hold examples of about equal length, in random order.
+    """Return indices whose consecutive batches hold examples of about equal length.
 
-    The batch with the longest example comes first, so that one that is too big for the memory fails at once; one
-    that is not full comes last.
+    As transformers groups them: random pools of up to 50 batches, each from its longest to its shortest example, so
+    that a batch that is too big for the memory fails early.
 
     Args:
         lengths: Length of each example.
@@ -63,9 +63,4 @@ def length_grouped_order(lengths: Sequence[int], batch_size: int, seed: str) -> 
     shuffled = numbers.sample(range(len(lengths)), len(lengths))
     pool_size = batch_size * max(1, min(_LARGEST_POOL, len(lengths) // (batch_size * _FEWEST_POOLS)))
     pools = [shuffled[start : start + pool_size] for start in range(0, len(shuffled), pool_size)]
-    by_length = [index for pool in pools for index in sorted(pool, key=lambda index: -lengths[index])]
-    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-    rest = [batches.pop()] if batches and len(batches[-1]) < batch_size else []
-    numbers.shuffle(batches)
-    batches.sort(key=lambda batch: max(lengths[index] for index in batch) < max(lengths))
-    return [index for batch in batches + rest for index in batch]
+    return [index for pool in pools for index in sorted(pool, key=lambda index: -lengths[index])]
