@@ -30,7 +30,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hf_prefix import PrefixConfig
-from hf_prefix.cli.run_files import package_versions
+from hf_prefix.versions import package_versions
 
 BATCH_SIZE = 4
 STARTS: dict[str, dict[str, Any]] = {

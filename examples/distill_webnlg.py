@@ -28,7 +28,6 @@ from transformers import TrainingArguments
 from hf_prefix import PrefixConfig
 from hf_prefix.cli.loading import Base, BaseModelName, load_base
 from hf_prefix.cli.precision import choose_compute
-from hf_prefix.cli.run_files import package_versions
 from hf_prefix.demo import load_demo
 from hf_prefix.metrics import corpus_bleu
 from hf_prefix.tasks import Record, load_task_folder
@@ -41,6 +40,7 @@ from hf_prefix.training.distillation import (
     Teacher,
     mean_kl_divergence,
 )
+from hf_prefix.versions import package_versions
 
 INSTRUCTION = "Write the following facts as one short text in English. Use all of them, and nothing else.\n\n"
 TEMPLATE = "Facts: {source}\nText:"
