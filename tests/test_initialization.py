@@ -26,12 +26,11 @@ TEXT_IDS = [10, 11, 12]
 def key_values(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
     """Return what attention gets from the prefix, by attention module."""
     with torch.no_grad():
-        prefixes = {
+        return {
             name.removesuffix(".hf_prefix"): layer.hf_prefix_encoder["default"]()
             for name, layer in model.get_base_model().named_modules()
             if isinstance(layer, PrefixLayer)
         }
-    return {name: (prefix.key, prefix.value) for name, prefix in prefixes.items()}
 
 
 def same(first: PeftModel, second: PeftModel, tolerance: float = 0.0) -> bool:
