@@ -15,9 +15,7 @@ only, none of its sentences. `--tiny` runs the same on a tiny random model and t
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_with_peft import LENGTH, Base, Corpus, collate, demo, encode, loss_on, smollm2, spread, tiny, webnlg
+from compare_with_peft import LENGTH, Base, Corpus, Rows, collate, demo, encode, loss_on, smollm2, spread, tiny, webnlg
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -128,30 +126,13 @@ def measure(base: Base, corpus: Corpus, run: Run) -> dict[str, Any]:
     }
 
 
-class Results:
-    """Runs that are done, in a file of one JSON object a line.
-
-    Args:
-        path: The file; made when the first run ends.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+class Results(Rows):
+    """The runs of this comparison."""
 
     def find(self, run: Run) -> dict[str, Any] | None:
         """Return the numbers of a run, if it is done."""
         wanted = asdict(run)
         return next((row for row in self.rows if {name: row[name] for name in wanted} == wanted), None)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep the numbers of a run."""
-        self.rows.append(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row, file=sys.stderr, flush=True)
 
     def chosen(self, plan: Plan, start: str) -> list[Run]:
         """Return every seed's run with the best learning rate of the first seed; none until all were tried."""

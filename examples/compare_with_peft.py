@@ -211,8 +211,8 @@ def measure(base: Base, corpus: Corpus, run: Run, *, whole: bool) -> dict[str, A
     }
 
 
-class Results:
-    """Runs that are done, in a file of one JSON object a line.
+class Rows:
+    """Numbers of runs that are done, in a file of one JSON object a line.
 
     Args:
         path: The file; made when the first run ends.
@@ -222,6 +222,18 @@ class Results:
         self.path = path
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep the numbers of a run."""
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, file=sys.stderr, flush=True)
+
+
+class Results(Rows):
+    """The runs of this comparison."""
 
     def find(self, run: Run, *, whole: bool) -> dict[str, Any] | None:
         """Return the numbers of a run, if it is done."""
@@ -236,11 +248,7 @@ class Results:
         row = self.find(run, whole=whole)
         if row is None:
             row = measure(base, corpus, run, whole=whole)
-            self.rows.append(row)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{run}: {row['loss']} {row.get('bleu', '')} {row['seconds']} s", file=sys.stderr, flush=True)
+            self.add(row)
         return row
 
 
