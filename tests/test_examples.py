@@ -129,3 +129,6 @@ def test_the_distillation_on_webnlg_writes_numbers_only(tmp_path: Path) -> None:
     assert found["examples_in_prompt"] == 1
     assert 200 < found["context_tokens"] <= 400
     assert found["prefill_tokens_saved_per_query"] - found["cached_tokens_saved_per_row"] == 8
+    committed = json.loads((EXAMPLES.parent / "docs" / "results" / "distill_webnlg.json").read_text(encoding="utf-8"))
+    assert committed.keys() == found.keys()
+    assert committed["bleu"].keys() == found["bleu"].keys()
