@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import peft
+import torch
 from packaging.version import Version
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+from hf_prefix import PrefixConfig
 from tiny_model import save_with_tokenizer, tiny_llama
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -20,6 +24,7 @@ TESTED_HERE = {
     "compare_with_peft.py",
     "compress_prompt.py",
     "distill_webnlg.py",
+    "mam.py",
 }
 TESTED_ELSEWHERE = {
     "build_demo_data.py": "tests/test_demo.py",
@@ -132,3 +137,27 @@ def test_the_distillation_on_webnlg_writes_numbers_only(tmp_path: Path) -> None:
     committed = json.loads((EXAMPLES.parent / "docs" / "results" / "distill_webnlg.json").read_text(encoding="utf-8"))
     assert committed.keys() == found.keys()
     assert committed["bleu"].keys() == found["bleu"].keys()
+
+
+def test_a_prefix_and_lora_learn_together(tmp_path: Path) -> None:
+    model = save_with_tokenizer(tiny_llama(), tmp_path / "model")
+    output = tmp_path / "mam"
+    sizes = ["--num-virtual-tokens", "5", "--rank", "2", "--steps", "8", "--limit", "8", "--max-new-tokens", "8"]
+    lines = run("mam.py", "--model", str(model), "--output", str(output), *sizes).splitlines()
+    # Two layers, keys and values of two heads of 8; three maps of 32 x 64, two factors each.
+    assert lines[:2] == ["mam-prefix: 320 parameters", "mam-adapter: 1,152 parameters"]
+    (losses,) = [line for line in lines if line.startswith("Dev loss: ")]
+    before, after = (float(word) for word in losses.replace(",", "").split() if word[0].isdigit())
+    assert 0 < after < before
+    for title in ("Both: ", "Prefix alone: ", "LoRA alone: "):
+        assert sum(line.startswith(title) for line in lines) == 2
+    # Both have moved from where they start: LoRA from zeros, the prefix from the activations of real tokens.
+    lora = load_file(output / "mam-adapter" / "adapter_model.safetensors")
+    assert all(bool(tensor.any()) for tensor in lora.values())
+    started = get_peft_model(tiny_llama(), PrefixConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    start, end = (
+        get_peft_model_state_dict(started),
+        load_file(output / "mam-prefix" / "adapter_model.safetensors"),
+    )
+    assert start.keys() == end.keys()
+    assert all(not torch.allclose(start[name], end[name], atol=1e-3) for name in end)
