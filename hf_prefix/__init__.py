@@ -17,6 +17,7 @@ from hf_prefix.errors import (
 from hf_prefix.model import PrefixModel
 from hf_prefix.operations import fold_prefix, initialize_from_cache, initialize_from_text
 from hf_prefix.registration import register_with_peft
+from hf_prefix.row_prefixes import prefix_per_row
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "fold_prefix",
     "initialize_from_cache",
     "initialize_from_text",
+    "prefix_per_row",
 ]
 
 register_with_peft()

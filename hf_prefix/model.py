@@ -1,7 +1,7 @@
 """The tuner that PEFT creates: attaches prefixes to a model's attention, switches, saves and removes them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,7 @@ from hf_prefix.prefix.embedding_only import EmbeddedPrefix, PrefixEmbedding
 from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, PrefixShape, SharedPart
 from hf_prefix.prefix.fitting import initialize_encoders
 from hf_prefix.prefix.projected import PrefixTrunk, ProjectedPrefix
+from hf_prefix.row_prefixes import prefixes_of_call
 from hf_prefix.sharing.checkpoint import check_fits
 from hf_prefix.targets import check_layers, matching_names, moves_positions, note_modules, select_sites
 
@@ -180,12 +181,11 @@ class PrefixModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise UnsupportedCallError(
-                "adapter_names, a prefix per row, is not supported yet; activate one prefix for the whole batch "
-                "with set_adapter, or run the rows of each prefix as a batch of their own."
-            )
-        yield
+        if kwargs.get("alora_offsets") is not None:
+            raise UnsupportedCallError("alora_offsets is for activated LoRA; a prefix has none. Leave it out.")
+        names = kwargs.get("adapter_names")
+        with nullcontext() if names is None else prefixes_of_call(self.model, names, args, kwargs):
+            yield
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Raise: a prefix is no change of any weight, so there is nothing to merge.

@@ -14,7 +14,7 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from families import Family, tokens
 from hf_prefix import UnsupportedCallError, UnsupportedModelError
 from hf_prefix.attention.layer import PrefixLayer
-from matrix import BY_NAME, PREFIX_LENGTH, attach, decoder_words, forward_arguments, pad, rows_of_words
+from matrix import BY_NAME, PREFIX_LENGTH, attach, decoder_words
 from upstream import CACHE, PAGE_SIZE
 
 POSITIONS = 128
@@ -24,15 +24,6 @@ POSITIONS = 128
 def attention_modules(model: PeftModel) -> list[nn.Module]:
     """Return the modules that carry a prefix."""
     return [module for module in model.modules() if isinstance(getattr(module, "hf_prefix", None), PrefixLayer)]
-
-
-def test_a_prefix_per_row_is_refused(family: Family) -> None:
-    model = attach(family)
-    arguments = forward_arguments(family, pad(rows_of_words([5, 5]), "right"))
-    with pytest.raises(UnsupportedCallError, match="adapter_names, a prefix per row, is not supported yet"):
-        model(**arguments, adapter_names=["default", "__base__"])
-    with pytest.raises(UnsupportedCallError, match="adapter_names, a prefix per row, is not supported yet"):
-        model.generate(input_ids=tokens(2, 5), adapter_names=["default", "__base__"])
 
 
 def test_merging_is_refused(family: Family) -> None:

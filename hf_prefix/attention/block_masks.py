@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_mask, noop_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, noop_mask
 
 from hf_prefix.errors import UnsupportedCallError
 
@@ -48,7 +48,9 @@ def prepend_visible_blocks(mask: BlockMask, prefix_length: int) -> BlockMask:
     return kept[1]
 
 
-def scroll_out_blocks(mask: BlockMask, positions: Tensor, prefix_length: int, window: int) -> BlockMask:
+def scroll_out_blocks(
+    mask: BlockMask, positions: Tensor, prefix_length: int, window: int, starts: Tensor | None = None
+) -> BlockMask:
     """Return the mask with the prefix tokens hidden that a sliding window has left behind.
 
     Args:
@@ -56,16 +58,45 @@ def scroll_out_blocks(mask: BlockMask, positions: Tensor, prefix_length: int, wi
         positions: Position of each query, prefix included [batch or 1, query].
         prefix_length: Number of virtual tokens.
         window: A query at position q sees the keys at positions above q - window.
+        starts: Column of each row's first virtual token, which stands at position 0 [batch]; None where it is the
+            first.
     """
     mask_mod, rows = mask.mask_mod, positions.shape[0]
-    visible, full = mask.to_dense().bool(), _full_blocks(mask)
-    full[..., : -(-prefix_length // mask.BLOCK_SIZE[1])] = False
 
     def scrolled(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        inside = positions[batch % rows, query] - key < window
+        place = key if starts is None else key - starts[batch]
+        inside = positions[batch % rows, query] - place < window
         return mask_mod(batch, head, query, key) & (inside | (key >= prefix_length))
 
-    return _from_blocks(mask, visible, full, scrolled, mask.seq_lengths[1])
+    return _partly_hidden(mask, scrolled, prefix_length)
+
+
+def hide_front_blocks(mask: BlockMask, missing: Tensor, prefix_length: int) -> BlockMask:
+    """Return the mask with the columns hidden that are filled up in front of the shorter prefixes of a batch.
+
+    Args:
+        mask: A mask of `prepend_visible_blocks` or `all_visible_blocks`.
+        missing: How many columns in front of each row are no tokens of its prefix [batch].
+        prefix_length: Length of the longest prefix.
+    """
+    mask_mod = mask.mask_mod
+
+    def hidden(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_mod(batch, head, query, key) & (key >= missing[batch])
+
+    return _partly_hidden(mask, hidden, prefix_length)
+
+
+def all_visible_blocks(queries: int, keys: int, device: torch.device) -> BlockMask:
+    """Return a mask that hides nothing [1, 1, query, key]."""
+    return create_block_mask(noop_mask, None, None, queries, keys, device=device)
+
+
+def _partly_hidden(mask: BlockMask, mask_mod: MaskFunction, prefix_length: int) -> BlockMask:
+    """Return a mask whose function hides more of the prefix than before, so that no block of it is full."""
+    visible, full = mask.to_dense().bool(), _full_blocks(mask)
+    full[..., : -(-prefix_length // mask.BLOCK_SIZE[1])] = False
+    return _from_blocks(mask, visible, full, mask_mod, mask.seq_lengths[1])
 
 
 def last_query(mask: BlockMask) -> Tensor:

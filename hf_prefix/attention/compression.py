@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_prefix.attention.positions import Offset, moved
 from hf_prefix.attention.sites import (
     POSITIONS_ARGUMENT,
     compressing_module,
@@ -29,7 +30,7 @@ class CompressedPositions:
         offset: Gives the number of positions by which the prefix moves real tokens.
     """
 
-    def __init__(self, offset: Callable[[], int]) -> None:
+    def __init__(self, offset: Callable[[], Offset]) -> None:
         self._offset = offset
 
     def hook(self, attention: nn.Module) -> Iterator[Any]:
@@ -57,8 +58,8 @@ class CompressedPositions:
         """Count positions with the prefix."""
         return self._moved(module, args, kwargs, self._offset())
 
-    def _moved(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], offset: int) -> Any:
-        if offset == 0:
+    def _moved(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], offset: Offset) -> Any:
+        if isinstance(offset, int) and offset == 0:
             return None
         arguments = named_arguments(module, args, kwargs)
-        return (), arguments | {POSITIONS_ARGUMENT: arguments[POSITIONS_ARGUMENT] + offset}
+        return (), arguments | {POSITIONS_ARGUMENT: moved(arguments[POSITIONS_ARGUMENT], offset)}

@@ -97,8 +97,9 @@ class TopLeftCausal(InnerAttention):
 
     def extent(self, arguments: Arguments) -> Extent:
         """Return the tokens of a call; there is no cache, so all are new."""
-        length = arguments["v"].shape[-2]
-        return Extent(length, 0, length, 0, has_empty_slots=False, device=arguments["v"].device)
+        value: Tensor = arguments["v"]
+        length = value.shape[-2]
+        return Extent(length, 0, length, 0, has_empty_slots=False, device=value.device, dtype=value.dtype)
 
     def mask(self, arguments: Arguments) -> Tensor:
         """Return the padding mask [batch or 1, 1, 1, key]; what is causal is not in it."""
@@ -141,7 +142,7 @@ class RelativeTimeFirst(InnerAttention):
         """Return the tokens of a call; XLNet keeps hidden states of earlier ones ("mems") and no keys."""
         query, key = arguments["q_head"], arguments["k_head_h"]
         past = len(key) - len(query)
-        return Extent(len(query), past, len(key), 0, has_empty_slots=False, device=query.device)
+        return Extent(len(query), past, len(key), 0, has_empty_slots=False, device=query.device, dtype=query.dtype)
 
     def mask(self, arguments: Arguments) -> Tensor:
         """Return the mask; the method has it as [query, key, batch or 1, 1]."""

@@ -16,6 +16,7 @@ from hf_prefix.attention.masks import Extent
 from hf_prefix.attention.placement import device_of
 from hf_prefix.attention.position_bias import PositionBias
 from hf_prefix.attention.replacement import Replacement
+from hf_prefix.attention.rows import WITHOUT_PREFIX, Rows
 from hf_prefix.attention.selection import KeySelection
 from hf_prefix.attention.sharding import may_be_gathered
 from hf_prefix.attention.shared_keys import SharedKeys
@@ -53,7 +54,7 @@ class PrefixLayer(PrefixTunerLayer):
     other_param_names = ("hf_prefix_scrolls", "hf_prefix_infix")
 
     def __init__(self, site: AttentionSite, call: StackCall) -> None:
-        super().__init__()
+        super().__init__(call)
         self.hf_prefix_encoder = nn.ModuleDict()
         self.hf_prefix_scrolls: dict[str, bool] = {}
         self.hf_prefix_infix: dict[str, bool] = {}
@@ -68,11 +69,9 @@ class PrefixLayer(PrefixTunerLayer):
         # In tuples, so that modules of the base model do not become children.
         self._site_module = (site.module,)
         self._stack = (site.stack,)
-        self._call = call
         self._ready: tuple[object, KeyValuePrefix] | None = None
         self._order: Tensor | None = None
-        self._call = call
-        self._visibility = Visibility(site, call, self._scrolls, self._is_infix)
+        self._visibility = Visibility(site, call, self._scrolls, self._is_infix, self._missing)
         self._bias = PositionBias(site, self._length)
         self._shared_keys = SharedKeys(site, self._visibility, self._length, self._learns)
         self._inner = inner_attention(site.module)
@@ -111,15 +110,16 @@ class PrefixLayer(PrefixTunerLayer):
 
     @property
     def length(self) -> int:
-        """Number of virtual tokens that are active here."""
+        """Number of virtual tokens that are active here; of the longest prefix where rows have their own."""
         return self._length()
 
     # A method for the helpers that ask at each call: a bound method follows a copy of the model.
     def _length(self) -> int:
-        return sum(encoder.num_virtual_tokens for encoder in self._active_encoders())
+        lengths = [encoder.num_virtual_tokens for encoder in self._active_encoders()]
+        return sum(lengths) if self.call.rows is None else max(lengths, default=0)
 
     def prefix_like(self, like: Tensor) -> KeyValuePrefix:
-        """Return the active prefixes, one after the other, in the dtype and on the device of `like`.
+        """Return the active prefixes, one after the other, or those of the rows, as `like` in dtype and device.
 
         Without gradients the result is prepared once and kept until a parameter changes, so that decoding does
         not evaluate the MLP, nor cast anything, at each step. The first run of reentrant checkpointing is no such
@@ -127,12 +127,12 @@ class PrefixLayer(PrefixTunerLayer):
         """
         encoders = self._active_encoders()
         drops_out = self.training and any(encoder.dropout > 0 for encoder in encoders)
-        learning = self._call.with_gradients or torch.is_grad_enabled()
+        learning = self.call.with_gradients or torch.is_grad_enabled()
         if learning or torch.compiler.is_compiling() or drops_out or may_be_gathered():
-            return _concatenated(encoders).to(like)
-        state = (like.dtype, like.device, [encoder.version() for encoder in encoders])
+            return self._joined(like)
+        state = (like.dtype, like.device, self._mixed_rows(), [encoder.version() for encoder in encoders])
         if self._ready is None or self._ready[0] != state:
-            self._ready = (state, _concatenated(encoders).to(like))
+            self._ready = (state, self._joined(like))
         return self._ready[1]
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> HookResult:
@@ -149,7 +149,7 @@ class PrefixLayer(PrefixTunerLayer):
         if PADDING_ARGUMENT in arguments:
             merge_padding(arguments, self._mask_argument)
         if self._is_infix():
-            carry_origin(cache, self._call.origin)
+            carry_origin(cache, self.call.origin)
         self._shared_keys.begin(extent)
         self._bias.widen(arguments, prefix_length, extent)
         arguments[self._mask_argument] = self._visibility.mask(module, arguments, prefix_length, extent)
@@ -174,6 +174,32 @@ class PrefixLayer(PrefixTunerLayer):
         mask = self._visibility.mask(module, arguments, prefix_length, inner.extent(arguments))
         prefix = self.prefix_like(inner.states(arguments)[0])
         return inner.attend(module, self._stack[0], arguments, prefix, mask)
+
+    def _joined(self, like: Tensor) -> KeyValuePrefix:
+        """Return the active prefixes one after the other; for rows that differ, that of each row."""
+        rows = self._mixed_rows()
+        if rows is None:
+            return KeyValuePrefix.concatenate([_computed(encoder) for encoder in self._active_encoders()]).to(like)
+        names = self.active_names(self.hf_prefix_encoder)
+        prefixes = {name: _computed(self.encoder(name)).to(like) for name in names}
+        return KeyValuePrefix.per_row([prefixes.get(name) for name in rows])
+
+    def _mixed_rows(self) -> Rows | None:
+        """Return the prefix of each row in the present pass; None where all rows have the same here."""
+        rows = self.call.rows
+        if rows is None or self.disable_adapters:
+            return None
+        different = {name if name in self.hf_prefix_encoder else WITHOUT_PREFIX for name in rows}
+        return rows if len(different) > 1 else None
+
+    def _missing(self, device: torch.device) -> Tensor | None:
+        """Return how many columns in front of each row are no tokens of its prefix [batch]; None where all are."""
+        rows = self._mixed_rows()
+        if rows is None:
+            return None
+        lengths = {name: self.encoder(name).num_virtual_tokens for name in self.active_names(self.hf_prefix_encoder)}
+        missing = [self._length() - lengths.get(name, 0) for name in rows]
+        return torch.tensor(missing, device=device) if any(missing) else None
 
     def _active_encoders(self) -> list[PrefixEncoder]:
         return [self.encoder(name) for name in self.active_names(self.hf_prefix_encoder)]
@@ -252,5 +278,5 @@ class PrefixLayer(PrefixTunerLayer):
             encoder.to(device or device_of(self._site_module[0]))
 
 
-def _concatenated(encoders: list[PrefixEncoder]) -> KeyValuePrefix:
-    return KeyValuePrefix.concatenate([KeyValuePrefix(*encoder()) for encoder in encoders])
+def _computed(encoder: PrefixEncoder) -> KeyValuePrefix:
+    return KeyValuePrefix(*encoder())

@@ -10,7 +10,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 
-from hf_prefix.attention.block_masks import last_query, prepend_visible_blocks, scroll_out_blocks
+from hf_prefix.attention.block_masks import (
+    all_visible_blocks,
+    hide_front_blocks,
+    last_query,
+    prepend_visible_blocks,
+    scroll_out_blocks,
+)
 from hf_prefix.attention.placement import CPU
 from hf_prefix.attention.sites import attention_backend, is_causal, sliding_window
 from hf_prefix.errors import UnsupportedCallError
@@ -27,6 +33,7 @@ class Extent:
         key_offset: Place of the first of them in the sequence.
         has_empty_slots: Whether the cache may return keys of tokens that do not exist yet.
         device: Where the new tokens are. Not read off the module, whose weights may be offloaded.
+        dtype: Type of their states.
     """
 
     query_length: int
@@ -35,6 +42,7 @@ class Extent:
     key_offset: int
     has_empty_slots: bool
     device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, hidden_states: Tensor, cache: Cache | None, layer_idx: int | None) -> "Extent":
@@ -45,14 +53,14 @@ class Extent:
             cache: The cache, or None.
             layer_idx: The module's place in the cache.
         """
-        query_length, device = hidden_states.shape[1], hidden_states.device
+        query_length, device, dtype = hidden_states.shape[1], hidden_states.device, hidden_states.dtype
         if cache is None or layer_idx is None:
-            return cls(query_length, 0, query_length, 0, False, device)
+            return cls(query_length, 0, query_length, 0, False, device, dtype)
         past = cache.get_seq_length(layer_idx)
         # A static cache counts in place, and the count is still needed after the cache was updated.
         past = past.clone() if isinstance(past, Tensor) else past
         key_length, key_offset = cache.get_mask_sizes(query_length, layer_idx)
-        return cls(query_length, past, key_length, key_offset, cache.is_compileable, device)
+        return cls(query_length, past, key_length, key_offset, cache.is_compileable, device, dtype)
 
 
 def mask_behind_prefix(mask: Any, module: nn.Module, prefix_length: int, extent: Extent) -> Any:
@@ -199,7 +207,9 @@ def causal_mask(prefix_length: int, extent: Extent, device: torch.device) -> Ten
     return functional.pad((keys <= queries)[None, None], (prefix_length, 0), value=True)
 
 
-def scroll_out(mask: Any, positions: Tensor, prefix_length: int, window: int, extent: Extent) -> Tensor | BlockMask:
+def scroll_out(
+    mask: Any, positions: Tensor, prefix_length: int, window: int, extent: Extent, missing: Tensor | None = None
+) -> Tensor | BlockMask:
     """Return the mask with the prefix tokens hidden that a sliding window has left behind.
 
     FlashAttention needs none of this: it cuts the window itself, and the prefix with it.
@@ -210,12 +220,51 @@ def scroll_out(mask: Any, positions: Tensor, prefix_length: int, window: int, ex
         prefix_length: Number of virtual tokens P.
         window: A query at position q sees the keys at positions above q - window.
         extent: The tokens of this call.
+        missing: How many of the P columns are no tokens of the row's prefix [batch]; None where all are.
+    """
+    starts = None if missing is None else missing.to(positions.device)
+    if isinstance(mask, BlockMask):
+        return scroll_out_blocks(mask, positions, prefix_length, window, starts)
+    places = torch.arange(prefix_length, device=positions.device)
+    places = places[None] if starts is None else places - starts[:, None]
+    inside = positions[:, None, :, None] - places[:, None, None] < window
+    return show_prefix_to(inside, mask, prefix_length, extent)
+
+
+def hide_front(mask: Any, missing: Tensor, module: nn.Module, prefix_length: int, extent: Extent) -> Any:
+    """Return the mask with the columns hidden that are filled up in front of the shorter prefixes of a batch.
+
+    Args:
+        mask: Any form that `prepend_visible` knows, with visible prefix columns; None means all visible.
+        missing: How many columns in front of each row are no tokens of its prefix [batch].
+        module: The attention module.
+        prefix_length: Length P of the longest prefix.
+        extent: The tokens of this call.
     """
     if isinstance(mask, BlockMask):
-        return scroll_out_blocks(mask, positions, prefix_length, window)
-    places = torch.arange(prefix_length, device=positions.device)
-    inside = positions[:, None, :, None] - places < window
-    return show_prefix_to(inside, mask, prefix_length, extent)
+        return hide_front_blocks(mask, missing, prefix_length)
+    if mask is None:
+        mask = _all_visible(module, len(missing), prefix_length, extent)
+        if isinstance(mask, BlockMask):
+            return hide_front_blocks(mask, missing, prefix_length)
+    shape = (-1, *[1] * (mask.dim() - 2), prefix_length)
+    shown = (torch.arange(prefix_length, device=missing.device) >= missing[:, None]).view(shape)
+    return _show_columns(shown, mask, prefix_length)
+
+
+def _all_visible(module: nn.Module, rows: int, prefix_length: int, extent: Extent) -> Tensor | BlockMask:
+    """Return what "no mask" means to an attention implementation, as a mask of the kind that it takes."""
+    queries, keys = extent.query_length, prefix_length + extent.key_length
+    backend = attention_backend(module)
+    if backend == "flex_attention":
+        return all_visible_blocks(queries, keys, extent.device)
+    if is_flash(module):
+        # Of padding; what is causal it decides by itself.
+        return torch.ones(rows, keys, dtype=torch.long, device=extent.device)
+    if backend == "eager":
+        # Added to the scores.
+        return torch.zeros(1, 1, queries, keys, dtype=extent.dtype, device=extent.device)
+    return torch.ones(1, 1, queries, keys, dtype=torch.bool, device=extent.device)
 
 
 def show_prefix_to(visible: Tensor, mask: Tensor | None, prefix_length: int, extent: Extent) -> Tensor:
@@ -230,8 +279,13 @@ def show_prefix_to(visible: Tensor, mask: Tensor | None, prefix_length: int, ext
     if mask is None:
         shape = (1, 1, extent.query_length, prefix_length + extent.key_length)
         mask = torch.ones(shape, dtype=torch.bool, device=visible.device)
-    hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
-    mask = mask.expand(max(mask.shape[0], visible.shape[0]), -1, -1, -1)
+    return _show_columns(visible, mask, prefix_length)
+
+
+def _show_columns(visible: Tensor, mask: Tensor, prefix_length: int) -> Tensor:
+    """Return a mask [row, ..., P + key] with the prefix hidden where `visible` [row, ..., P] is false."""
+    hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
+    mask = mask.expand(max(mask.shape[0], visible.shape[0]), *mask.shape[1:])
     prefix = mask[..., :prefix_length].masked_fill(~visible.to(mask.device), hidden)
     return torch.cat([prefix, mask[..., prefix_length:]], dim=-1)
 

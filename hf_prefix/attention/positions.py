@@ -21,6 +21,9 @@ from hf_prefix.attention.sites import (
 )
 from hf_prefix.errors import UnsupportedCallError, UnsupportedModelError
 
+Offset = int | Tensor
+"""By how much positions move: one number, or one for each row [row, 1], on the CPU."""
+
 _TABLE_INPUT = "input"
 """What a plain `nn.Embedding` calls the positions that it is asked for."""
 _SHAPE = "inputs_shape"
@@ -50,7 +53,12 @@ def positions_module(stack: nn.Module) -> nn.Module:
     )
 
 
-def shift_positions(stack: nn.Module, module: nn.Module, arguments: dict[str, Any], offset: int) -> None:
+def moved(positions: Any, offset: Offset) -> Any:
+    """Return positions [..., row or 1, token] that are moved by an offset."""
+    return positions + (offset.to(positions.device) if isinstance(offset, Tensor) else offset)
+
+
+def shift_positions(stack: nn.Module, module: nn.Module, arguments: dict[str, Any], offset: Offset) -> None:
     """Move the positions of the tokens by `offset`, in place.
 
     Positions that the caller of a decoder left out follow the padding mask, as `generate` does it, so that a
@@ -63,7 +71,8 @@ def shift_positions(stack: nn.Module, module: nn.Module, arguments: dict[str, An
         offset: Number of virtual tokens in front.
 
     Raises:
-        UnsupportedCallError: The model has learned positions and not enough of them.
+        UnsupportedCallError: The model has learned positions and not enough of them, or cannot be told a position for
+            each row.
     """
     if module is not stack:
         _shift_table_input(stack, module, arguments, offset)
@@ -72,7 +81,7 @@ def shift_positions(stack: nn.Module, module: nn.Module, arguments: dict[str, An
     given = arguments.get(POSITIONS_ARGUMENT)
     positions = default_positions(arguments, past) if given is None else given
     check_room(stack, positions.shape[-1], past, offset, given)
-    arguments[POSITIONS_ARGUMENT] = positions + offset
+    arguments[POSITIONS_ARGUMENT] = moved(positions, offset)
 
 
 def returns_positions(table: nn.Module) -> bool:
@@ -81,7 +90,7 @@ def returns_positions(table: nn.Module) -> bool:
 
 
 def shift_returned_positions(
-    stack: nn.Module, table: nn.Embedding, arguments: dict[str, Any], output: tuple[Tensor, Tensor], offset: int
+    stack: nn.Module, table: nn.Embedding, arguments: dict[str, Any], output: tuple[Tensor, Tensor], offset: Offset
 ) -> tuple[Tensor, Tensor]:
     """Return the embeddings and positions [batch or 1, token] of a table that works out positions by itself.
 
@@ -98,7 +107,7 @@ def shift_returned_positions(
     past, length = cached_length(stack, arguments), int(arguments[_SHAPE][1])
     # The first token stands behind padding_idx, and the predicting streams stand one ahead.
     check_room(stack, (table.padding_idx or 0) + length + 2, past, offset)
-    positions = output[1] + offset
+    positions = moved(output[1], offset)
     return nn.functional.embedding(positions, table.weight), positions
 
 
@@ -125,15 +134,22 @@ def fill_positions(model: nn.Module, arguments: dict[str, Any]) -> None:
         arguments[POSITIONS_ARGUMENT] = default_positions(arguments, cached_length(model, arguments))
 
 
-def _shift_table_input(stack: nn.Module, table: nn.Module, arguments: dict[str, Any], offset: int) -> None:
+def _shift_table_input(stack: nn.Module, table: nn.Module, arguments: dict[str, Any], offset: Offset) -> None:
     """Move what a table of positions is asked for: the positions, or where they start."""
     past_argument = str(past_length_argument(table))
     past = arguments.get(past_argument, 0)
     name = first_present((POSITIONS_ARGUMENT, _TABLE_INPUT), arguments)
-    if name is not None and arguments[name] is not None:
-        check_room(stack, arguments[name].shape[-1], past, offset)
-        arguments[name] = arguments[name] + offset
+    given = None if name is None else arguments[name]
+    if given is not None and not (isinstance(offset, Tensor) and given.dim() == 1):
+        check_room(stack, given.shape[-1], past, offset)
+        arguments[str(name)] = moved(given, offset)
         return
+    if isinstance(offset, Tensor):
+        raise UnsupportedCallError(
+            f"{type(table).__name__} counts the positions of all rows alike, so rows cannot stand behind prefixes of "
+            f"different lengths, got {offset.flatten().tolist()}; use prefixes of one length in a batch, or ones with "
+            "offset_positions=False."
+        )
     tokens = next(iter(arguments.values()))
     shape = tokens.shape if isinstance(tokens, Tensor) else tokens
     check_room(stack, shape[1], past, offset)
@@ -179,7 +195,7 @@ def default_positions(arguments: dict[str, Any], past: int | Tensor) -> Tensor:
 
 
 def check_room(
-    stack: nn.Module, length: int, past: int | Tensor, offset: int, positions: Tensor | None = None
+    stack: nn.Module, length: int, past: int | Tensor, offset: Offset, positions: Tensor | None = None
 ) -> None:
     """Check that a model has learned enough positions, if it learns any.
 
@@ -197,6 +213,7 @@ def check_room(
     if position_table(stack) is None or isinstance(past, Tensor):
         return
     limit = int(text_config(stack).max_position_embeddings)
+    offset = int(offset.max()) if isinstance(offset, Tensor) else offset
     needed = offset + past + length
     if needed > limit and positions is not None:
         # Those of a packed row start again. They are read only where the number of tokens does not decide.

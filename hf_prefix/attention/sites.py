@@ -179,6 +179,16 @@ def attends_to_encoder(module: nn.Module, arguments: dict[str, Any]) -> bool:
     return told or bool(getattr(module, "encoder_decoder_attention", False))
 
 
+def source_length(module: nn.Module, arguments: dict[str, Any]) -> int:
+    """Return how many tokens of an encoder's output a call of cross-attention attends to.
+
+    FSMT gives its modules the states as `key` [source, batch, size], others as [batch, source, size].
+    """
+    name = first_present(ENCODER_STATES_ARGUMENTS, arguments)
+    states: Tensor = arguments["key"] if name is None else arguments[name]
+    return states.shape[0 if PADDING_ARGUMENT in forward_parameters(module) else 1]
+
+
 def sliding_window(module: nn.Module) -> int | None:
     """Return the window of an attention module: how many positions it sees, its own included, or None."""
     window, config = getattr(module, "sliding_window", None), getattr(module, "config", None)

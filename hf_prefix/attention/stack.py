@@ -1,5 +1,7 @@
 """What the attention modules of one role share: the MLP's trunk and the positions of real tokens."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ from hf_prefix.attention.infix import place_around_infix
 from hf_prefix.attention.packing import check_packing
 from hf_prefix.attention.placement import device_of
 from hf_prefix.attention.positions import (
+    Offset,
     cached_length,
     counts_columns,
     fill_positions,
@@ -19,6 +22,7 @@ from hf_prefix.attention.positions import (
     shift_positions,
     shift_returned_positions,
 )
+from hf_prefix.attention.rows import Rows, batch_size, checkpointed_parts, first_tensor, repeated
 from hf_prefix.attention.sites import POSITIONS_ARGUMENT, named_arguments
 from hf_prefix.attention.tuner_layer import Arguments, HookResult, PrefixTunerLayer, StackCall
 from hf_prefix.config import Role
@@ -42,15 +46,14 @@ class PrefixStack(PrefixTunerLayer):
     other_param_names = ("hf_prefix_offset", "hf_prefix_separator")
 
     def __init__(self, role: Role, stack: nn.Module, root: nn.Module) -> None:
-        super().__init__()
+        super().__init__(StackCall())
         self.role = role
         self.hf_prefix_trunk = nn.ModuleDict()
         self.hf_prefix_offset: dict[str, int] = {}
         self.hf_prefix_separator: dict[str, int | None] = {}
         # In tuples, so that they do not become children.
         self._stack, self._root = (stack,), (root,)
-        self._shifts_positions = self._keeps_positions = False
-        self.call = StackCall()
+        self._shifts_positions = self._keeps_positions = self._knows_rows = False
         self.add_hook(stack.register_forward_pre_hook(self.begin_forward, with_kwargs=True))
 
     def update_layer(
@@ -116,6 +119,49 @@ class PrefixStack(PrefixTunerLayer):
         self.call.with_gradients = torch.is_grad_enabled()
         for adapter_name in self.active_names(self.hf_prefix_trunk):
             cast(SharedPart, self.trunk(adapter_name)).begin_forward(partial(cached_length, module, arguments))
+        self._begin_rows(module, arguments)
+
+    @contextmanager
+    def with_rows(self, rows: Rows, may_repeat: bool) -> Iterator[None]:
+        """Let each row of what the stack works on have its own prefix.
+
+        Args:
+            rows: The prefix of each row.
+            may_repeat: Whether `generate` may have repeated these rows.
+        """
+        if not self._knows_rows:
+            # Not before they are needed: a stack without them has no hooks for them.
+            self._knows_rows = True
+            self.add_hook(self._stack[0].register_forward_hook(self.end_forward, always_call=True))
+            for part in checkpointed_parts(self._stack[0]):
+                # Before our own hook on attention, which may be the first part of a layer.
+                handle = part.register_forward_pre_hook(self.before_part, with_kwargs=True, prepend=True)
+                self.add_hook(handle)
+        asked = self.call.asked, self.call.may_repeat
+        self.call.asked, self.call.may_repeat = rows, may_repeat
+        try:
+            yield
+        finally:
+            self.call.asked, self.call.may_repeat = asked
+
+    def _begin_rows(self, module: nn.Module, arguments: Arguments) -> None:
+        self.call.expanded, self.call.is_running = None, self._knows_rows
+        if self.call.asked is not None and not self.disable_adapters:
+            self.call.expanded = repeated(self.call.asked, batch_size(module, arguments), self.call.may_repeat)
+
+    def end_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forget the rows; a checkpointed layer that runs again remembers its own."""
+        self.call.expanded, self.call.is_running = None, False
+
+    def before_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+        """Note which rows a part of a layer works on; when it runs again in checkpointing, take those that it had."""
+        states = first_tensor(args, kwargs)
+        if states is None or torch.compiler.is_compiling():
+            return
+        if not self.call.is_running:
+            self.call.memory.recall(states)
+        elif self.call.with_gradients:
+            self.call.memory.note(states, self.call.expanded)
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> HookResult:
         """Count positions by the padding mask before the model counts columns."""
@@ -128,11 +174,11 @@ class PrefixStack(PrefixTunerLayer):
     def before_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> HookResult:
         """Move the positions of real tokens behind the active prefixes."""
         offset = self._offset()
-        if offset == 0:
+        if isinstance(offset, int) and offset == 0:
             return None
         arguments = named_arguments(module, args, kwargs)
         separator = self._separator()
-        if separator is None:
+        if separator is None or isinstance(offset, torch.Tensor):
             shift_positions(self._stack[0], module, arguments, offset)
         else:
             self.call.origin = place_around_infix(module, arguments, separator, offset)
@@ -145,7 +191,7 @@ class PrefixStack(PrefixTunerLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Move the positions that a table returns behind the active prefixes."""
         offset = self._offset()
-        if offset == 0:
+        if isinstance(offset, int) and offset == 0:
             return output
         arguments = named_arguments(table, args, kwargs)
         return shift_returned_positions(self._stack[0], table, arguments, output, offset)
@@ -160,5 +206,9 @@ class PrefixStack(PrefixTunerLayer):
             )
         return next(iter(separators), None)
 
-    def _offset(self) -> int:
-        return sum(self.hf_prefix_offset[name] for name in self.active_names(self.hf_prefix_offset))
+    def _offset(self) -> Offset:
+        """Return by how much positions move: a number, or one for each row [row, 1] where these differ."""
+        if self.call.rows is None or self.disable_adapters:
+            return sum(self.hf_prefix_offset[name] for name in self.active_names(self.hf_prefix_offset))
+        offsets = [self.hf_prefix_offset.get(name, 0) for name in self.call.rows]
+        return offsets[0] if len(set(offsets)) == 1 else torch.tensor(offsets)[:, None]

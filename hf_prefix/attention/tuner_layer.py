@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hf_prefix.attention.rows import RowMemory, Rows
 from hf_prefix.errors import UnsupportedCallError
 
 Arguments = dict[str, Any]
@@ -26,16 +28,37 @@ class StackCall:
         boundary: Row and place of a boundary between packed sequences, until an attention module has looked at it.
         with_gradients: Whether it began with gradients; reentrant checkpointing switches them off further inside.
         origin: How many positions the prompt of each row takes [row, 1], where an infix is active.
+        asked: The prefix of each row that the caller gave, while rows have prefixes of their own; else None.
+        may_repeat: Whether `generate` may have repeated these rows.
+        expanded: The same for the rows that the stack works on, during its call; else None.
+        is_running: Whether the stack works on its input now. Layers that run without it run again, in checkpointing.
+        memory: The rows of those.
     """
 
     positions: Tensor | None = None
     boundary: tuple[int, int] | None = None
     with_gradients: bool = False
     origin: Tensor | None = None
+    asked: Rows | None = None
+    may_repeat: bool = False
+    expanded: Rows | None = None
+    is_running: bool = False
+    memory: RowMemory = field(default_factory=RowMemory)
+
+    @property
+    def rows(self) -> Rows | None:
+        """The prefix of each row that attention works on now, where rows have prefixes of their own; else None."""
+        if self.expanded is not None or self.is_running or torch.compiler.is_compiling():
+            return self.expanded
+        return self.memory.rows
 
 
 class PrefixTunerLayer(nn.Module, BaseTunerLayer):
-    """What PEFT asks of a tuner layer, for modules that hang beside the base model's instead of wrapping them."""
+    """What PEFT asks of a tuner layer, for modules that hang beside the base model's instead of wrapping them.
+
+    Args:
+        call: What the stack tells of its present call.
+    """
 
     # PEFT's mixin declares these without types.
     active_adapters: list[str]
@@ -43,8 +66,9 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
     _disable_adapters: bool
     set_adapter: Callable[[list[str]], None]
 
-    def __init__(self) -> None:
+    def __init__(self, call: StackCall) -> None:
         super().__init__()
+        self.call = call
         self._hooks: list[Any] = []
 
     @property
@@ -69,8 +93,12 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
         self.merge()
 
     def active_names(self, among: nn.ModuleDict | dict[str, Any]) -> list[str]:
-        """Return the active adapters that this module has, in the order in which they were activated."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in among]
+        """Return the adapters in use that this module has: the active ones in their order, or those of the rows."""
+        if self.disable_adapters:
+            return []
+        rows = self.call.asked if self.call.rows is None else self.call.rows
+        names = self.active_adapters if rows is None else dict.fromkeys(rows)
+        return [name for name in names if name in among]
 
     def add_hook(self, handle: Any) -> None:
         """Keep a hook's handle, so that `detach` can remove the hook."""

@@ -1,6 +1,7 @@
 """Which keys of `[prefix ; tokens]` a query of one attention module sees."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from hf_prefix.attention.masks import (
     causal_mask,
     check_backend,
     check_source_mask,
+    hide_front,
     is_flash,
     mask_behind_prefix,
     prepend_hidden,
@@ -28,6 +30,7 @@ from hf_prefix.attention.sites import (
     selected_block_size,
     selecting_module,
     sliding_window,
+    source_length,
 )
 from hf_prefix.attention.tuner_layer import Arguments, StackCall
 from hf_prefix.errors import UnsupportedCallError
@@ -41,12 +44,19 @@ class Visibility:
         call: What its stack tells of the present call.
         scrolls: Tells whether the active prefixes leave a sliding window as a prompt would.
         is_infix: Tells whether they stand behind prompts instead of in front of all tokens.
+        missing: Gives how many columns in front of each row are no tokens of its prefix [batch], where rows have
+            prefixes of different lengths; else None.
     """
 
     def __init__(
-        self, site: AttentionSite, call: StackCall, scrolls: Callable[[], bool], is_infix: Callable[[], bool]
+        self,
+        site: AttentionSite,
+        call: StackCall,
+        scrolls: Callable[[], bool],
+        is_infix: Callable[[], bool],
+        missing: Callable[[torch.device], Tensor | None],
     ) -> None:
-        self._call, self._scrolls, self._is_infix = call, scrolls, is_infix
+        self._call, self._scrolls, self._is_infix, self._missing = call, scrolls, is_infix, missing
         self._stack_name = type(site.stack).__name__
         self._argument, self._cross_attention = site.mask_argument, site.role == "cross"
         self._hides_with_true, self._slopes = site.hides_with_true, site.mask_slopes
@@ -73,6 +83,9 @@ class Visibility:
             own = arguments | {self._argument: mask.get(CAUSAL_MASK)}
             return mask | {CAUSAL_MASK: self.mask(module, own, prefix_length, extent)}
         mask = self._behind_prefix(module, mask, arguments, prefix_length, extent)
+        missing = self._missing(extent.device)
+        if missing is not None:
+            mask = self._hide_missing(module, mask, arguments, missing, prefix_length, extent)
         if self.block_size is None:
             return mask
         if mask is None:
@@ -93,6 +106,22 @@ class Visibility:
         check_kept_apart(self._call, self._stack_name, mask)
         return self._with_window(module, mask, arguments, prefix_length, extent)
 
+    def _hide_missing(
+        self,
+        module: nn.Module,
+        mask: Any,
+        arguments: Arguments,
+        missing: Tensor,
+        prefix_length: int,
+        extent: Extent,
+    ) -> Any:
+        """Hide what is filled up in front of the shorter prefixes."""
+        if self._cross_attention:
+            extent = replace(extent, key_length=source_length(module, arguments))
+        if self._hides_with_true and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            return ~hide_front(~mask, missing, module, prefix_length, extent)
+        return hide_front(mask, missing, module, prefix_length, extent)
+
     def _with_window(
         self, module: nn.Module, mask: Any, arguments: Arguments, prefix_length: int, extent: Extent
     ) -> Any:
@@ -111,4 +140,4 @@ class Visibility:
                 f"{type(module).__name__} is not told the positions of its tokens, so the prefix cannot scroll out "
                 "of its sliding window; use sliding_window='pin'."
             )
-        return scroll_out(mask, positions, prefix_length, window, extent)
+        return scroll_out(mask, positions, prefix_length, window, extent, self._missing(extent.device))
