@@ -32,6 +32,7 @@ from hf_prefix.prefix.projected import PrefixTrunk, ProjectedPrefix
 from hf_prefix.row_prefixes import prefixes_of_call
 from hf_prefix.sharing.checkpoint import check_fits
 from hf_prefix.targets import check_layers, matching_names, moves_positions, note_modules, select_sites
+from hf_prefix.weighted_adapter import CombinationType, add_weighted_adapter
 
 
 class PrefixModel(BaseTuner):
@@ -186,6 +187,32 @@ class PrefixModel(BaseTuner):
         names = kwargs.get("adapter_names")
         with nullcontext() if names is None else prefixes_of_call(self.model, names, args, kwargs):
             yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: CombinationType = "linear",
+    ) -> None:
+        """Make a new prefix of attached ones, as plain keys and values; neither active nor trained until it is chosen.
+
+        The arguments have the meaning that they have for PEFT's LoRA. See `hf_prefix.sharing` for saved prefixes.
+
+        Args:
+            adapters: Names of the prefixes; the same may come several times with "cat".
+            weights: A number for each, applied as it is; all 1 with "cat".
+            adapter_name: Name of the new prefix.
+            combination_type: "linear": the weighted sum of keys and values, for prefixes of one length. "cat": one
+                behind the other, as if all were active in this order.
+
+        Raises:
+            PrefixError: An argument is wrong, or a prefix is trained together with modules of the base model.
+            PrefixMismatchError: The prefixes cannot be combined.
+            PrefixNotLoadedError: The weights of a prefix were never loaded.
+            UnsupportedModelError: The parameters of the model are divided among processes.
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Raise: a prefix is no change of any weight, so there is nothing to merge.

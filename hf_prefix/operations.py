@@ -40,9 +40,9 @@ def fold_prefix(model: nn.Module, adapter_name: str = "default") -> None:
         UnsupportedModelError: Its parameters are divided among processes.
     """
     check_undivided(model)
-    layers = _layers_with(model, adapter_name)
+    layers = layers_with(model, adapter_name)
     with torch.no_grad():
-        for trunk in _trunks(model, adapter_name):
+        for trunk in shared_parts(model, adapter_name):
             # Or the slices would be given what the last forward pass found, before the last optimiser step.
             trunk.begin_forward(lambda: 0)
         for layer in layers:
@@ -83,7 +83,7 @@ def initialize_from_text(
     base = _base_model(model)
     if config.embedding_only:
         embeddings = embed(sites[0].stack, known_tokens(base, token_ids))
-        for trunk in _trunks(model, adapter_name):
+        for trunk in shared_parts(model, adapter_name):
             cast(PrefixEmbedding, trunk).initialize(embeddings)
         return
     with prefixes_off(base):
@@ -126,7 +126,7 @@ def _sites_with(model: nn.Module, adapter_name: str) -> list[AttentionSite]:
         UnsupportedModelError: The model's parameters are divided among processes.
     """
     check_undivided(model)
-    layers, base = _layers_with(model, adapter_name), _base_model(model)
+    layers, base = layers_with(model, adapter_name), _base_model(model)
     with prefixes_off(base):
         return [site for site in find_sites(base) if _layer_of(site) in layers]
 
@@ -139,7 +139,7 @@ def _layer_of(site: AttentionSite) -> PrefixLayer:
     return cast(PrefixLayer, getattr(site.module, CHILD_NAME, None))
 
 
-def _layers_with(model: nn.Module, adapter_name: str) -> list[PrefixLayer]:
+def layers_with(model: nn.Module, adapter_name: str) -> list[PrefixLayer]:
     """Return the prefix layers that have the prefix.
 
     Raises:
@@ -155,7 +155,7 @@ def _layers_with(model: nn.Module, adapter_name: str) -> list[PrefixLayer]:
     return found
 
 
-def _trunks(model: nn.Module, adapter_name: str) -> list[SharedPart]:
+def shared_parts(model: nn.Module, adapter_name: str) -> list[SharedPart]:
     """Return the parts of a prefix that attention modules share."""
     stacks = [layer for _, layer in prefix_layers(model) if isinstance(layer, PrefixStack)]
     return [trunk for stack in stacks if (trunk := stack.trunk(adapter_name)) is not None]

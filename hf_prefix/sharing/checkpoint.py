@@ -35,7 +35,23 @@ def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
     Raises:
         PrefixError: The folder holds no direct prefix.
     """
-    weights = load_peft_weights(folder, device="cpu")
+    return key_values_of(load_peft_weights(folder, device="cpu"), folder)
+
+
+def key_values_of(weights: Mapping[str, Tensor], folder: str) -> dict[str, KeyValuePrefix]:
+    """Return the keys and values among saved tensors.
+
+    Args:
+        weights: Tensors by name.
+        folder: Where they were read, for the error.
+
+    Returns:
+        Keys and values by name of the attention module, of frozen tokens as well.
+
+    Raises:
+        PrefixError: There are none.
+        PrefixMismatchError: They are no finite numbers.
+    """
     names = [name.removesuffix(SAVED_KEY) for name in weights if name.endswith(SAVED_KEY)]
     if not names:
         raise PrefixError(
@@ -45,6 +61,28 @@ def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
     for name, tensor in weights.items():
         _check_numbers(name, tensor)
     return {name.removeprefix(SAVED_PREFIX): _key_values(weights, name) for name in names}
+
+
+def saved_tensors(key_values: Mapping[str, KeyValuePrefix], num_frozen_tokens: int) -> dict[str, Tensor]:
+    """Return keys and values as they are saved; the inverse of `key_values_of`.
+
+    Args:
+        key_values: Keys and values by name of the attention module, of frozen tokens as well.
+        num_frozen_tokens: How many of the first tokens are frozen.
+
+    Returns:
+        Tensors by name, in memory of their own.
+    """
+    saved: dict[str, Tensor] = {}
+    for name, prefix in key_values.items():
+        tensors = [(SAVED_FROZEN_KEY, SAVED_KEY, prefix.key)]
+        if not prefix.keys_are_values:
+            tensors.append((SAVED_FROZEN_VALUE, SAVED_VALUE, prefix.value))
+        for frozen, learned, tensor in tensors:
+            if num_frozen_tokens:
+                saved[SAVED_PREFIX + name + frozen] = tensor[:, :num_frozen_tokens].clone()
+            saved[SAVED_PREFIX + name + learned] = tensor[:, num_frozen_tokens:].clone()
+    return saved
 
 
 def _key_values(weights: Mapping[str, Tensor], name: str) -> KeyValuePrefix:
