@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 
-from hf_prefix.errors import PrefixError
+from hf_prefix.errors import PrefixError, PrefixFileError
 from hf_prefix.peft_type import PrefixPeftType
 from hf_prefix.sharing.export import check_format, export_weights, is_checkpoint
+from hf_prefix.sharing.fingerprint import BaseFingerprint
 from hf_prefix.sharing.folding import AttentionModule
 
 Role = Literal["encoder", "decoder", "cross"]
@@ -24,6 +25,9 @@ Placement = Literal["prefix", "infix"]
 
 DEFAULT_HIDDEN_SIZE = 512
 """Hidden width of the projection for table-to-text in the paper (§4.3, footnote; 800 for summarisation)."""
+
+FORMAT_VERSION = 1
+"""Version of the saved form. It grows when an older release would read a folder wrongly."""
 
 
 @dataclass
@@ -83,6 +87,11 @@ class PrefixConfig(PeftConfig):
             attention module that got it. A saved prefix is attached only to a model that has exactly these.
         initialized: Written as true when the configuration is saved: a prefix attached from it waits for its
             weights instead of starting anew.
+        format_version: Version of the saved form; written when the configuration is saved.
+        base_fingerprint: Filled in when the prefix is attached: what it depends on in the base model. A saved prefix
+            is attached only to a model that agrees.
+        allow_other_base: Attach a saved prefix to another base model than its own, if its attention modules fit. Never
+            saved.
 
     Raises:
         PrefixError: A value is impossible, or an option was given that the others leave without effect.
@@ -115,8 +124,12 @@ class PrefixConfig(PeftConfig):
     trainable_token_indices: None = field(default=None)
     attention_modules: dict[str, AttentionModule] | None = field(default=None)
     initialized: bool = field(default=False)
+    format_version: int | None = field(default=None)
+    base_fingerprint: BaseFingerprint | None = field(default=None)
+    allow_other_base: bool = field(default=False)
 
     def __post_init__(self) -> None:
+        self._check_version()
         super().__post_init__()
         self.peft_type = PrefixPeftType.HF_PREFIX
         # No field, because it is no option and is never saved.
@@ -138,6 +151,8 @@ class PrefixConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as it is saved, with plain JSON types."""
         options: dict[str, Any] = super().to_dict()
+        # Whoever loads it decides anew.
+        del options["allow_other_base"]
         return options | {"peft_type": self.peft_type.value}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -155,7 +170,7 @@ class PrefixConfig(PeftConfig):
             UnsupportedCallError: The weights are pickled.
         """
         saved = copy.copy(self)
-        saved.initialized = True
+        saved.initialized, saved.format_version = True, FORMAT_VERSION
         if not self._weights_follow and saved._export(save_directory):
             saved.describe_folded()
         super(PrefixConfig, saved).save_pretrained(save_directory, **kwargs)
@@ -193,6 +208,19 @@ class PrefixConfig(PeftConfig):
             raise PrefixError(
                 f"num_frozen_tokens={frozen} leaves nothing to learn of num_virtual_tokens={length}; freeze fewer "
                 "tokens or make the prefix longer."
+            )
+
+    def _check_version(self) -> None:
+        """Check the version before anything else, because a later one may mean other things by the same names."""
+        version = self.format_version
+        if version is None:
+            return
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise PrefixFileError(f"format_version must be a whole number of at least 1, got {version!r}.")
+        if version > FORMAT_VERSION:
+            raise PrefixFileError(
+                f"The prefix was saved in format {version}, and this release of hf_prefix reads formats up to "
+                f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade hf_prefix"
             )
 
     def _check_length(self) -> None:

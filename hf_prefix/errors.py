@@ -17,6 +17,10 @@ class PrefixMismatchError(PrefixError):
     """A saved prefix does not fit the model: other attention modules, other shapes, or unusable numbers."""
 
 
+class PrefixFileError(PrefixError):
+    """The files of a saved prefix are malformed, damaged, unsafe, or of a later format."""
+
+
 class PrefixNotLoadedError(PrefixError):
     """A prefix was attached from a saved configuration, but its weights were never loaded."""
 

@@ -21,6 +21,7 @@ from hf_prefix.attention.sharding import check_undivided
 from hf_prefix.attention.sites import AttentionSite, check_can_scroll
 from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.attention.tuner_layer import CHILD_NAME, PrefixTunerLayer, prefix_layers, prefixes_off
+from hf_prefix.base_model import note_base
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError, UnsupportedCallError
 from hf_prefix.initialization import Start, Starter
@@ -104,6 +105,7 @@ class PrefixModel(BaseTuner):
                 if peft_config.sliding_window == "scroll":
                     check_can_scroll(site.module)
             note_modules(peft_config, targets)
+            note_base(peft_config, model, sites)
             self._find_start(model, targets, peft_config)
 
     def _find_start(self, model: PreTrainedModel, targets: list[AttentionSite], config: PrefixConfig) -> None:

@@ -148,7 +148,7 @@ def test_saved_configuration_is_plain_json_and_comes_back_the_same(tmp_path: Pat
         for (name, before), after in zip(asdict(FULL).items(), asdict(loaded).values(), strict=True)
         if before != after
     }
-    assert changed == {"initialized": (False, True)}
+    assert changed == {"initialized": (False, True), "format_version": (None, 1)}
 
 
 def test_saving_does_not_mark_the_configuration_in_memory(tmp_path: Path) -> None:

@@ -263,6 +263,16 @@ def test_saved_is_the_same(load: Load, projection: bool, low_cpu_mem_usage: bool
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+def test_quantised_and_not_it_is_the_same_base(load: Load, tmp_path: Path) -> None:
+    if "gguf_file" in load.keywords and not hasattr(transformers, "GgufConfig"):
+        pytest.skip(f"transformers {transformers.__version__} leaves no sign that weights were read from a GGUF file")
+    start = {"prefix_init": "zero", "prefix_init_token_ids": None, "num_virtual_tokens": 2}
+    plain = partial(load.func, *load.args, dtype=torch.float32)
+    for name, here, there in (("plain", load, plain), ("quantised", plain, load)):
+        _attach(there(), **start).save_pretrained(tmp_path / name)
+        PeftModel.from_pretrained(here(), tmp_path / name)
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
 def test_a_model_prepared_for_training_with_checkpointing_learns_the_same(load: Load, reentrant: bool) -> None:
     options = {"use_reentrant": reentrant}
