@@ -26,6 +26,7 @@ from tiny_model import save_with_tokenizer, tiny_bart, tiny_gpt2, tiny_llama
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 COMMANDS = ["quickstart", "train", "distill", "generate", "evaluate", "inspect"]
+COMMANDS += ["concatenate", "average", "truncate", "select-layers"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,8 @@ def test_help_has_an_example(command: str):
 
 
 def test_every_command_is_tested_for_help():
-    assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(COMMANDS)
+    registered = [command.callback.__name__.replace("_", "-") for command in app.registered_commands]
+    assert sorted(registered) == sorted(COMMANDS)
 
 
 def test_version():

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from hf_prefix import __version__
-from hf_prefix.cli import distill, evaluate, generate, inspect, quickstart, train
+from hf_prefix.cli import composition, distill, evaluate, generate, inspect, quickstart, train
 from hf_prefix.cli.console import ReadableErrorsGroup, quiet_libraries
 
 app = typer.Typer(
@@ -41,3 +41,7 @@ app.command(epilog=distill.EXAMPLES)(distill.distill)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command(epilog=composition.CONCATENATE_EXAMPLES)(composition.concatenate)
+app.command(epilog=composition.AVERAGE_EXAMPLES)(composition.average)
+app.command(epilog=composition.TRUNCATE_EXAMPLES)(composition.truncate)
+app.command(epilog=composition.SELECT_LAYERS_EXAMPLES)(composition.select_layers)

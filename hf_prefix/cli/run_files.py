@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,6 @@ def write_prefix_folder(
 ) -> None:
     """Save a prefix with its two JSON files and its curve, completely or not at all.
 
-    Everything is written to a folder beside the target first. A new target appears by one rename; in an existing
-    one each file is replaced by one rename, and other files stay.
-
     Args:
         model: The model with the prefix.
         folder: The output folder.
@@ -102,15 +100,42 @@ def write_prefix_folder(
         metrics: What came out.
         history: What the trainer logged.
     """
+    with completely(folder) as temporary:
+        # Whether to save embeddings is not left to PEFT, which would ask the Hub about the base model's vocabulary.
+        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        write_training_record(temporary, training)
+        _write_json(temporary / METRICS_FILE, metrics)
+        plot_history(history, temporary / CURVE_FILE)
+
+
+def write_training_record(folder: Path, training: TrainingRecord) -> None:
+    """Write how a prefix was trained.
+
+    Args:
+        folder: The prefix folder.
+        training: How it was trained.
+    """
+    _write_json(folder / TRAINING_FILE, asdict(training))
+
+
+@contextmanager
+def completely(folder: Path) -> Iterator[Path]:
+    """Let a folder be written completely or not at all.
+
+    Everything is written to a folder beside the target first. A new target appears by one rename; in an existing
+    one each file is replaced by one rename, and other files stay.
+
+    Args:
+        folder: The target.
+
+    Yields:
+        The folder to write to.
+    """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        # Whether to save embeddings is not left to PEFT, which would ask the Hub about the base model's vocabulary.
-        model.save_pretrained(str(temporary), save_embedding_layers=False)
-        _write_json(temporary / TRAINING_FILE, asdict(training))
-        _write_json(temporary / METRICS_FILE, metrics)
-        plot_history(history, temporary / CURVE_FILE)
+        yield temporary
         _move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
