@@ -34,6 +34,7 @@ def add_weighted_adapter(
     config = copy.copy(combined.config)
     # So that it starts from nothing; its weights follow.
     config.initialized = True
+    config.base_model_name_or_path = tuner.peft_config[adapters[0]].base_model_name_or_path
     tuner.peft_config[adapter_name] = config
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
@@ -47,7 +48,9 @@ def add_weighted_adapter(
 
 @torch.no_grad()
 def attached_prefix(model: nn.Module, adapter_name: str, config: PrefixConfig) -> SavedPrefix:
-    """Return an attached prefix as what an export of it holds.
+    """Return an attached prefix as what an export of it holds, except that it names no base model.
+
+    All prefixes of a model have the same, whatever became of it since they were attached.
 
     Args:
         model: The base model.
@@ -67,6 +70,7 @@ def attached_prefix(model: nn.Module, adapter_name: str, config: PrefixConfig) -
     key_values = {name: _computed(encoder) for name, encoder in _encoders(model, adapter_name).items()}
     folded = copy.copy(config)
     folded.describe_folded()
+    folded.base_model_name_or_path = folded.base_fingerprint = None
     return SavedPrefix(folded, key_values)
 
 

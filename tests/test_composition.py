@@ -469,11 +469,33 @@ def test_prefixes_that_cannot_be_one_are_refused(
         combine(prefixes)
 
 
-def test_prefixes_of_models_with_other_names_are_remarked_on(tmp_path: Path) -> None:
+def test_prefixes_of_another_base_are_refused(tmp_path: Path) -> None:
+    a = saved(with_two(), tmp_path)[0]
+    get_peft_model(build(LLAMA, seed=1), config()).save_pretrained(tmp_path / "other")
+    for combine in (concatenate, average):
+        with pytest.raises(PrefixMismatchError, match=r"same base model.*first \(there\).*2 \(here\).*embed_tokens"):
+            combine([a, SavedPrefix.load(tmp_path / "other")])
+
+
+def test_names_are_remarked_on_where_nothing_else_tells_the_bases_apart(tmp_path: Path) -> None:
     a, b = saved(with_two(), tmp_path)
     other = SavedPrefix(replace(b.config, base_model_name_or_path="elsewhere"), b.key_values)
-    with pytest.warns(UserWarning, match=r"name different base models.*'elsewhere'"):
+    assert concatenate([a, other]).num_virtual_tokens == 5
+    other = SavedPrefix(replace(other.config, base_fingerprint=None), b.key_values)
+    with pytest.warns(UserWarning, match=r"prefix 2 'elsewhere', and their weights were not noted"):
         assert concatenate([a, other]).config.base_model_name_or_path == a.config.base_model_name_or_path
+
+
+def test_prefixes_of_one_model_have_one_base_whatever_became_of_it() -> None:
+    model = with_two(lengths=(3, 3))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    model.add_adapter("c", config(length=3))
+    model.peft_config["c"].base_model_name_or_path = "elsewhere"
+    model.add_weighted_adapter(["a", "c"], [1, 1], "sum")
+    a, c, total = (model.peft_config[name] for name in ("a", "c", "sum"))
+    assert total.base_fingerprint == c.base_fingerprint != a.base_fingerprint
+    assert total.base_model_name_or_path == a.base_model_name_or_path
 
 
 def test_arguments_that_mean_nothing_are_refused(tmp_path: Path) -> None:

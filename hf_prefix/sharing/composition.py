@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_prefix.errors import PrefixError, PrefixMismatchError
 from hf_prefix.prefix.key_value import KeyValuePrefix
+from hf_prefix.sharing.fingerprint import differences
 from hf_prefix.sharing.saved_prefix import SavedPrefix
 
 Keep = Literal["first", "last"]
@@ -19,8 +20,6 @@ Keep = Literal["first", "last"]
 
 _HOW_IT_ACTS = ("task_type", "sliding_window", "offset_positions", "placement", "infix_separator_token_id")
 """Options that one prefix can have in one way only."""
-
-_BASE = ("base_model_name_or_path", "revision")
 
 _NO_START: dict[str, Any] = {
     "prefix_init": "real_tokens",
@@ -169,7 +168,7 @@ def select_layers(prefix: SavedPrefix, layers: Iterable[int]) -> SavedPrefix:
 
 
 def _check_together(prefixes: Sequence[SavedPrefix]) -> SavedPrefix:
-    """Return the first of prefixes that can be one; warn if their base models have different names.
+    """Return the first of prefixes that can be one; warn if only names tell their base models apart.
 
     Raises:
         PrefixError: There are none.
@@ -178,6 +177,7 @@ def _check_together(prefixes: Sequence[SavedPrefix]) -> SavedPrefix:
     first = _first(prefixes)
     for number, other in enumerate(prefixes[1:], start=2):
         _check_same_modules(first, other, number)
+        _check_same_base(first, other, number)
         for option in _HOW_IT_ACTS:
             values = getattr(first.config, option), getattr(other.config, option)
             if values[0] != values[1]:
@@ -185,13 +185,6 @@ def _check_together(prefixes: Sequence[SavedPrefix]) -> SavedPrefix:
                     f"Prefixes that act in different ways cannot be one: {option} is {values[0]!r} in the first and "
                     f"{values[1]!r} in prefix {number}. Train them with the same {option}."
                 )
-    bases = list(dict.fromkeys(tuple(getattr(prefix.config, name) for name in _BASE) for prefix in prefixes))
-    if len(bases) > 1:
-        warnings.warn(
-            f"The prefixes name different base models, {bases}. They go together only if these are names of the same "
-            "weights. The result names the first.",
-            stacklevel=3,
-        )
     return first
 
 
@@ -211,6 +204,26 @@ def _check_same_modules(first: SavedPrefix, other: SavedPrefix, number: int) -> 
             f"Only prefixes for the same attention modules can be combined, and {len(differing)} differ: {name} is "
             f"{one.get(name)} in the first and {two.get(name)} in prefix {number}. Use prefixes of one base model "
             "with the same roles and layers; select_layers gives those of fewer layers."
+        )
+
+
+def _check_same_base(first: SavedPrefix, other: SavedPrefix, number: int) -> None:
+    """Check that two prefixes are for the same base model."""
+    one, two = first.config.base_fingerprint, other.config.base_fingerprint
+    lines = differences(one, two) if one and two else []
+    if lines:
+        raise PrefixMismatchError(
+            f"Only prefixes for the same base model can be combined. That of the first (there) and that of prefix "
+            f"{number} (here) differ: {'; '.join(lines)}. Train the prefixes on one base model."
+        )
+    names = first.config.base_model_name_or_path, other.config.base_model_name_or_path
+    compared = one and two and one["weights"].keys() & two["weights"].keys()
+    if not compared and names[0] != names[1]:
+        warnings.warn(
+            f"The first prefix names the base model {names[0]!r} and prefix {number} {names[1]!r}, and their weights "
+            "were not noted to be compared. They go together only if these are names of the same weights. The result "
+            "names the first.",
+            stacklevel=4,
         )
 
 
