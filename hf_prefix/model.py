@@ -216,6 +216,17 @@ class PrefixModel(BaseTuner):
         """
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model; `adapter_names`, which PEFT 0.21 hands on for MPT, are honoured here.
+
+        Args:
+            *args: Arguments of the base model.
+            **kwargs: Arguments of the base model, and `adapter_names`.
+        """
+        names = kwargs.pop("adapter_names", None)
+        with self._enable_peft_forward_hooks(*args, adapter_names=names, **kwargs):
+            return super().forward(*args, **kwargs)
+
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Raise: a prefix is no change of any weight, so there is nothing to merge.
 

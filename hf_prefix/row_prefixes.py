@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.attention.rows import WITHOUT_PREFIX, Rows, raise_wrong_count
 from hf_prefix.attention.sites import tokens_per_place
 from hf_prefix.attention.stack import PrefixStack
@@ -94,6 +95,7 @@ def _checked(model: nn.Module, adapter_names: Sequence[str]) -> Rows:
             f"{adapter_names!r}."
         )
     stacks = _stacks(model)
+    _check_one_stack(model, stacks)
     known = {name for stack in stacks for name in stack.hf_prefix_offset}
     for row, name in enumerate(adapter_names):
         if name != WITHOUT_PREFIX and name not in known:
@@ -107,6 +109,16 @@ def _checked(model: nn.Module, adapter_names: Sequence[str]) -> Rows:
     if model.training and torch.is_grad_enabled():
         _check_learning(model, first_rows)
     return tuple(adapter_names)
+
+
+def _check_one_stack(model: nn.Module, stacks: list[PrefixStack]) -> None:
+    """Check that all attention of a role belongs to one encoder or decoder, whose calls say where rows begin (BLT)."""
+    layers = [layer for _, layer in prefix_layers(model) if isinstance(layer, PrefixLayer)]
+    if {id(layer.stack_module) for layer in layers} - {id(stack.stack_module) for stack in stacks}:
+        raise UnsupportedCallError(
+            f"adapter_names is for models with one decoder of text; {type(model).__name__} has several. Activate one "
+            "prefix for the whole batch with set_adapter, and run the rows of others as batches of their own."
+        )
 
 
 def _check_configs(rows: dict[int, tuple[str, PrefixConfig]]) -> None:

@@ -433,12 +433,13 @@ def test_prefixes_that_cannot_share_a_batch_are_named() -> None:
         model(**arguments, adapter_names=["head", "of3", BASE])
 
 
-def test_positions_that_all_rows_share_are_refused() -> None:
+@torch.no_grad()
+def test_rows_of_a_table_that_counts_positions_for_all() -> None:
     family = BY_NAME["bart"]
-    model = with_prefixes(family, ["of3", "of7"], offset_positions=True)
-    arguments = forward_arguments(family, only_words(2, 9))
-    with pytest.raises(UnsupportedCallError, match=r"counts the positions of all rows alike.*got \[3, 7\]"):
-        model(**arguments, adapter_names=["of3", "of7"])
+    model = with_prefixes(family, ["of3", "of7", "of12"], offset_positions=True)
+    batch = padded(family, [9, LENGTH, 14, 20, 1], "right")
+    wanted = torch.cat([alone_logits(model, batch, row, name) for row, name in enumerate(MIX)])
+    assert_same(greedy_logits(model, batch, adapter_names=MIX), wanted)
 
 
 @torch.no_grad()

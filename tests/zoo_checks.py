@@ -321,6 +321,16 @@ def check_padding(subject: Subject) -> None:
 
 
 @torch.no_grad()
+def check_rows(subject: Subject) -> None:
+    """In a batch of a row without a prefix and one with, each gets its own logits."""
+    decoder = {"decoder_input_ids": decoder_words(2)} if subject.is_encoder_decoder else {}
+    base = subject.logits(subject.base, subject.inputs, **decoder)
+    wanted = torch.cat([base.chunk(2)[0], subject.prefixed.chunk(2)[1]])
+    found = subject.logits(subject.model, subject.inputs, adapter_names=["__base__", "default"], **decoder)
+    assert same(found, wanted), f"differs by {difference(found, wanted):.1e}"
+
+
+@torch.no_grad()
 def check_prompt(subject: Subject) -> None:
     """A prefix taken from real tokens is a prompt of these tokens, within every window."""
     _check_prompt(subject, WINDOW - PREFIX_LENGTH)
@@ -571,6 +581,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "hidden": check_hidden,
     "moved": check_moved,
     "modality": check_modality,
+    "rows": check_rows,
     "prompt": check_prompt,
     "scroll": check_scroll,
     "cache": check_cache,

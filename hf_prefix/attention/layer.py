@@ -109,6 +109,11 @@ class PrefixLayer(PrefixTunerLayer):
         return cast(PrefixEncoder, self.hf_prefix_encoder[adapter_name])
 
     @property
+    def stack_module(self) -> nn.Module:
+        """The encoder or decoder that the attention module belongs to."""
+        return self._stack[0]
+
+    @property
     def length(self) -> int:
         """Number of virtual tokens that are active here; of the longest prefix where rows have their own."""
         return self._length()

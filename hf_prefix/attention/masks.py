@@ -18,7 +18,7 @@ from hf_prefix.attention.block_masks import (
     scroll_out_blocks,
 )
 from hf_prefix.attention.placement import CPU
-from hf_prefix.attention.sites import attention_backend, is_causal, sliding_window
+from hf_prefix.attention.sites import attention_backend, is_causal, mask_shape, sliding_window
 from hf_prefix.errors import UnsupportedCallError
 
 
@@ -254,17 +254,17 @@ def hide_front(mask: Any, missing: Tensor, module: nn.Module, prefix_length: int
 
 def _all_visible(module: nn.Module, rows: int, prefix_length: int, extent: Extent) -> Tensor | BlockMask:
     """Return what "no mask" means to an attention implementation, as a mask of the kind that it takes."""
-    queries, keys = extent.query_length, prefix_length + extent.key_length
-    backend = attention_backend(module)
+    keys, backend = prefix_length + extent.key_length, attention_backend(module)
     if backend == "flex_attention":
-        return all_visible_blocks(queries, keys, extent.device)
+        return all_visible_blocks(extent.query_length, keys, extent.device)
     if is_flash(module):
         # Of padding; what is causal it decides by itself.
         return torch.ones(rows, keys, dtype=torch.long, device=extent.device)
+    heads, queries = mask_shape(module, extent.query_length)
     if backend == "eager":
         # Added to the scores.
-        return torch.zeros(1, 1, queries, keys, dtype=extent.dtype, device=extent.device)
-    return torch.ones(1, 1, queries, keys, dtype=torch.bool, device=extent.device)
+        return torch.zeros(1, heads, queries, keys, dtype=extent.dtype, device=extent.device)
+    return torch.ones(1, heads, queries, keys, dtype=torch.bool, device=extent.device)
 
 
 def show_prefix_to(visible: Tensor, mask: Tensor | None, prefix_length: int, extent: Extent) -> Tensor:

@@ -16,6 +16,7 @@ from hf_prefix.attention.sites import (
     forward_parameters,
     past_length_argument,
     position_table,
+    rotates_by_table,
     table_counted_from_padding,
     text_config,
 )
@@ -140,20 +141,56 @@ def _shift_table_input(stack: nn.Module, table: nn.Module, arguments: dict[str, 
     past = arguments.get(past_argument, 0)
     name = first_present((POSITIONS_ARGUMENT, _TABLE_INPUT), arguments)
     given = None if name is None else arguments[name]
-    if given is not None and not (isinstance(offset, Tensor) and given.dim() == 1):
+    if given is not None and (isinstance(offset, int) or _tells_rows(arguments)):
         check_room(stack, given.shape[-1], past, offset)
         arguments[str(name)] = moved(given, offset)
         return
     if isinstance(offset, Tensor):
-        raise UnsupportedCallError(
-            f"{type(table).__name__} counts the positions of all rows alike, so rows cannot stand behind prefixes of "
-            f"different lengths, got {offset.flatten().tolist()}; use prefixes of one length in a batch, or ones with "
-            "offset_positions=False."
-        )
+        # One number for all rows: `rows_of_table` asks for each.
+        return
     tokens = next(iter(arguments.values()))
     shape = tokens.shape if isinstance(tokens, Tensor) else tokens
     check_room(stack, shape[1], past, offset)
     arguments[past_argument] = past + offset
+
+
+def rows_of_table(stack: nn.Module, table: nn.Module, arguments: dict[str, Any], output: Any, offset: Offset) -> Any:
+    """Return what a table of positions gives where each row has positions of its own.
+
+    Args:
+        stack: The decoder.
+        table: Its table.
+        arguments: The forward arguments of the table, by name.
+        output: What it gives for these.
+        offset: By how much positions move.
+
+    Returns:
+        [row, token, size] where the table was told one position for all rows; else its output.
+
+    Raises:
+        UnsupportedCallError: What the table gives has no rows, or it has not enough positions.
+    """
+    if isinstance(offset, int) or _tells_rows(arguments):
+        return output
+    if not isinstance(output, Tensor) or output.dim() not in (2, 3) or rotates_by_table(stack):
+        raise UnsupportedCallError(
+            f"{type(table).__name__} gives positions for all rows alike, so rows cannot stand behind prefixes of "
+            f"different lengths, got {offset.flatten().tolist()}; use prefixes of one length in a batch, or ones with "
+            "offset_positions=False."
+        )
+    moved_by = {}
+    for number in set(offset.flatten().tolist()):
+        own = dict(arguments)
+        _shift_table_input(stack, table, own, number)
+        moved_by[number] = type(table).forward(table, **own).expand(len(offset), -1, -1)
+    return torch.stack([moved_by[number][row] for row, number in enumerate(offset.flatten().tolist())])
+
+
+def _tells_rows(arguments: dict[str, Any]) -> bool:
+    """Whether a table is asked for the positions of each row [row, token]."""
+    name = first_present((POSITIONS_ARGUMENT, _TABLE_INPUT), arguments)
+    given = None if name is None else arguments[name]
+    return given is not None and given.dim() > 1
 
 
 def cached_length(model: nn.Module, arguments: dict[str, Any]) -> int | Tensor:

@@ -38,6 +38,7 @@ DISTANCES_ARGUMENT = "relative_distance"
 _PASS_ARGUMENTS = ("cycle_offset", "cache_offset")
 _PAST_LENGTH_ARGUMENTS = ("past_key_values_length", "cache_length")
 _LANGUAGES_ARGUMENT = "langs"
+_ROTATIONS_ARGUMENT = "sinusoidal_pos"
 STACK_INPUT_ARGUMENTS = ("input_ids", "inputs_embeds")
 
 
@@ -177,6 +178,19 @@ def attends_to_encoder(module: nn.Module, arguments: dict[str, Any]) -> bool:
         return False
     told = any(arguments.get(name) is not None for name in ENCODER_STATES_ARGUMENTS)
     return told or bool(getattr(module, "encoder_decoder_attention", False))
+
+
+def mask_shape(module: nn.Module, query_length: int) -> tuple[int, int]:
+    """Return for how many heads and queries an attention module takes a mask.
+
+    Others insist on all queries (LED, MVP); ProphetNet's cross-attention on all heads, and on one query for all.
+    """
+    return (int(module.num_attn_heads), 1) if hasattr(module, "num_attn_heads") else (1, query_length)  # type: ignore[arg-type]
+
+
+def rotates_by_table(stack: nn.Module) -> bool:
+    """Whether a table of positions gives rotations (RoFormer), and no vectors that are added to the tokens'."""
+    return any(_ROTATIONS_ARGUMENT in forward_parameters(module) for module in stack.modules())
 
 
 def source_length(module: nn.Module, arguments: dict[str, Any]) -> int:

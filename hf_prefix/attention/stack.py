@@ -19,6 +19,7 @@ from hf_prefix.attention.positions import (
     fill_positions,
     positions_module,
     returns_positions,
+    rows_of_table,
     shift_positions,
     shift_returned_positions,
 )
@@ -77,6 +78,8 @@ class PrefixStack(PrefixTunerLayer):
                 self.add_hook(module.register_forward_hook(self.after_positions, with_kwargs=True))
             else:
                 self.add_hook(module.register_forward_pre_hook(self.before_positions, with_kwargs=True))
+                if module is not self._stack[0]:
+                    self.add_hook(module.register_forward_hook(self.after_table, with_kwargs=True))
             if counts_columns(self._root[0], self._stack[0]):
                 self.add_hook(self._root[0].register_forward_pre_hook(self.before_model, with_kwargs=True))
             for attention in self._stack[0].modules():
@@ -90,6 +93,11 @@ class PrefixStack(PrefixTunerLayer):
             self.hf_prefix_trunk[adapter_name] = trunk
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    @property
+    def stack_module(self) -> nn.Module:
+        """The encoder or decoder whose calls are followed."""
+        return self._stack[0]
 
     def trunk(self, adapter_name: str) -> SharedPart | None:
         """Return the part of a prefix that the attention modules share; None where they share none."""
@@ -185,6 +193,10 @@ class PrefixStack(PrefixTunerLayer):
         if self._keeps_positions:
             self.call.positions = arguments.get(POSITIONS_ARGUMENT)
         return (), arguments
+
+    def after_table(self, table: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> Any:
+        """Give each row positions of its own where a table is told one for all rows."""
+        return rows_of_table(self._stack[0], table, named_arguments(table, args, kwargs), output, self._offset())
 
     def after_positions(
         self, table: nn.Embedding, args: tuple[Any, ...], kwargs: Arguments, output: tuple[torch.Tensor, torch.Tensor]
