@@ -24,6 +24,7 @@ TESTED_HERE = {
     "compare_with_peft.py",
     "compress_prompt.py",
     "distill_webnlg.py",
+    "many_users.py",
     "mam.py",
 }
 TESTED_ELSEWHERE = {
@@ -137,6 +138,21 @@ def test_the_distillation_on_webnlg_writes_numbers_only(tmp_path: Path) -> None:
     committed = json.loads((EXAMPLES.parent / "docs" / "results" / "distill_webnlg.json").read_text(encoding="utf-8"))
     assert committed.keys() == found.keys()
     assert committed["bleu"].keys() == found["bleu"].keys()
+
+
+def test_three_users_learn_in_one_batch_and_are_answered_in_another(tmp_path: Path) -> None:
+    model = save_with_tokenizer(tiny_llama(), tmp_path / "model")
+    output = tmp_path / "users"
+    sizes = ["--num-virtual-tokens", "4", "--steps", "12", "--max-new-tokens", "4", "--learning-rate", "0.1"]
+    lines = run("many_users.py", "--model", str(model), "--output", str(output), *sizes).splitlines()
+    (losses,) = [line.removeprefix("Loss: ") for line in lines if line.startswith("Loss: ")]
+    first, last = (float(part.split()[0]) for part in losses.split(", "))
+    assert last < first
+    users = ["herald", "telegram", "diary"]
+    assert [line.split(":")[0].strip() for line in lines if line.startswith("  ")] == [*users, "__base__"] * 2
+    learned = [load_file(output / user / "adapter_model.safetensors") for user in users]
+    for one, other in ((0, 1), (1, 2)):
+        assert all(not torch.equal(learned[one][name], learned[other][name]) for name in learned[0])
 
 
 def test_a_prefix_and_lora_learn_together(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class RowMemory:
             return
         if storage in self._noted:
             self._recalled = (task, self._noted[storage])
-        elif task != self._recalled[0] and len(self._noted):
+        elif task != self._recalled[0] and any(rows is not None for rows in self._noted.values()):
             raise UnsupportedCallError(
                 "A checkpointed layer runs again, but it is not known which row of its input has which prefix: its "
                 "input is not where it was in the forward pass with adapter_names. Switch off what moves it, or "
