@@ -5,6 +5,7 @@ huggingface_hub reads when it is imported. What a prefix computes where it was m
 downloaded, lies as tensors in the folder.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,16 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, Trainer
 from transformers.integrations import peft as integration
 
-from adapters import BART, logits, prefix_config
+from adapters import BART, GPT2, logits, prefix_config
+from command_line import ROWS, error_of, run, train_on, write_rows
 from hf_prefix import PrefixConfig
+from hf_prefix.training import PrefixTrainer
+from quiet_run import training_arguments
 
+SOURCE, TEXT_FILE = ROWS[0]["source"], "text.txt"
 PROJECTION = {"projection": True, "prefix_init": "real_tokens"}
 
 
@@ -34,6 +39,11 @@ def llama() -> PreTrainedModel:
 def bart() -> PreTrainedModel:
     """Return the encoder-decoder base model, downloaded."""
     return AutoModelForSeq2SeqLM.from_pretrained("me/bart").eval()
+
+
+def gpt2() -> PreTrainedModel:
+    """Return the base model of the command line, downloaded."""
+    return AutoModelForCausalLM.from_pretrained("me/gpt2").eval()
 
 
 def takes_adapters() -> bool:
@@ -72,6 +82,58 @@ def publish(folder: Path) -> dict[str, Tensor]:
     model.push_to_hub("me/summaries")
     found["summaries"] = logits(model)
     _check_refused_pushes(model)
+    return found | _train(folder) | _push_by_command(folder)
+
+
+def _train(folder: Path) -> dict[str, Tensor]:
+    """Train with `push_to_hub=True`, pushing checkpoints or the end only; return the logits at the end."""
+    text = list(range(2, 9))
+    pushing: dict[str, Any] = {"push_to_hub": True, "max_steps": 2, "learning_rate": 0.1}
+
+    model = get_peft_model(llama(), prefix_config(**PROJECTION))
+    saving = {"save_strategy": "steps", "save_steps": 2, "hub_strategy": "checkpoint"}
+    arguments = training_arguments(
+        folder / "run", hub_model_id="me/trained", hub_private_repo=True, **pushing, **saving
+    )
+    trainer = PrefixTrainer(model, arguments, train_dataset=[{"input_ids": text, "labels": text}])
+    trainer.train()
+    trainer.push_to_hub()
+    found = {"trained": logits(model.eval())}
+
+    model = get_peft_model(bart(), prefix_config(BART, **PROJECTION))
+    arguments = training_arguments(folder / "end", hub_model_id="me/end", hub_strategy="end", **pushing)
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": text, "labels": text}])
+    trainer.train()
+    trainer.save_model()
+    return found | {"end": logits(model.eval())}
+
+
+def _push_by_command(folder: Path) -> dict[str, Tensor]:
+    """Train, push a prefix and a training checkpoint on the command line; return their logits."""
+    prefix = folder / "prefix"
+    data = write_rows(folder / "pairs.jsonl", ROWS)
+    assert train_on(Path("me/gpt2"), data, prefix, "--learning-rate", 1).exit_code == 0
+    for name in ("optimizer.pt", "training_args.bin", "notes.txt"):
+        (prefix / name).write_bytes(b"mine")
+    pushed = run("push", prefix, "me/by-command", "--private")
+    assert pushed.exit_code == 0, pushed.output
+    assert pushed.stdout.strip().endswith("/me/by-command")
+    assert "Left out: curve.png, metrics.json, notes.txt, optimizer.pt, training_args.bin" in pushed.stderr
+    found = {"by-command": logits(PeftModel.from_pretrained(gpt2(), prefix))}
+    (folder / TEXT_FILE).write_text(run("generate", "--prefix", prefix, SOURCE).stdout, encoding="utf-8")
+
+    assert "Nothing has changed since commit" in run("push", prefix, "me/by-command").stderr
+
+    model = get_peft_model(gpt2(), prefix_config(GPT2, **PROJECTION, num_frozen_tokens=1)).eval()
+    model.save_pretrained(folder / "checkpoint-1")
+    found["projected"] = logits(model)
+    options = ["--revision", "projected", "--message", "With the MLP"]
+    assert run("push", folder / "checkpoint-1", "me/by-command", *options).exit_code == 0
+
+    assert "me/summaries is public already" in error_of(run("push", prefix, "me/summaries", "--private"))
+    assert "403 Forbidden" in error_of(run("push", prefix, "other/prefix"))
+    (prefix / "README.md").write_text("---\nbase_model: /home/me/gpt2\n---\n", encoding="utf-8")
+    assert "Invalid metadata in README.md" in error_of(run("push", prefix, "me/by-command"))
     return found
 
 
@@ -104,6 +166,12 @@ def download(folder: Path) -> dict[str, Tensor]:
     }
     commit = HfApi().model_info("me/private", **second).sha
     found["second by commit"] = logits(PeftModel.from_pretrained(llama(), "me/private", revision=commit, **own))
+    trained: dict[str, Any] = own | {"model_id": "me/trained"}
+    found["trained"] = logits(PeftModel.from_pretrained(llama(), **trained))
+    checkpoint = PeftModel.from_pretrained(llama(), **trained, subfolder="last-checkpoint", is_trainable=True)
+    assert checkpoint.peft_config["default"].prefix_projection
+    found["trained, from the checkpoint"] = logits(checkpoint.eval())
+    found["end"] = logits(PeftModel.from_pretrained(bart(), "me/end"))
     start = prefix_config(prefix_init="prefix", prefix_init_path="me/by-transformers")
     found["by-transformers as a start"] = logits(get_peft_model(llama(), start).eval())
 
@@ -114,6 +182,35 @@ def download(folder: Path) -> dict[str, Tensor]:
     _check_refused_downloads(llama())
     if takes_adapters():
         found |= _load_by_transformers(llama(), second)
+    return found | _pull_by_command(folder)
+
+
+def _pull_by_command(folder: Path) -> dict[str, Tensor]:
+    """Pull and use prefixes on the command line; return their logits."""
+    assert "No token was found" in error_of(run("pull", "me/by-command", "--output", folder / "refused"))
+    os.environ.update(HF_TOKEN="hf_reads")
+    found = {}
+    for name, options in {"by-command": [], "projected": ["--revision", "projected"]}.items():
+        pulled = run("pull", "me/by-command", "--output", folder / f"pulled-{name}", *options)
+        assert pulled.exit_code == 0, pulled.output
+        found[f"{name} pulled"] = logits(PeftModel.from_pretrained(gpt2(), folder / f"pulled-{name}"))
+    text = (folder / TEXT_FILE).read_text(encoding="utf-8")
+    for prefix in (folder / "pulled-by-command", "me/by-command"):
+        assert run("generate", "--prefix", prefix, SOURCE).stdout == text
+    of_revision = ["--prefix", "me/by-command", "--revision", "projected"]
+    assert run("generate", *of_revision, SOURCE).stdout != text
+    assert "BLEU" in run("evaluate", *of_revision, "--data", folder / "pairs.jsonl").stdout
+    assert "me/gpt2" in run("inspect", "me/by-command").stdout
+    assert "frozen tokens:  1" in run("inspect", "me/by-command", "--revision", "projected").stdout
+    for repo, options, message in [
+        ("me/gpt2", [], "holds no prefix on the Hub"),
+        ("me/pickled", [], "holds no adapter_model.safetensors"),
+        ("me/missing", [], "Repository Not Found"),
+        ("me/by-command", ["--revision", "third"], "Revision Not Found"),
+    ]:
+        assert message in error_of(run("pull", repo, "--output", folder / "refused", *options))
+        assert message in error_of(run("inspect", repo, *options))
+    assert not (folder / "refused").exists()
     return found
 
 

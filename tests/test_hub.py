@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.error
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load, load_file
 from torch import Tensor
 
-from adapters import BART, LLAMA
+from adapters import BART, GPT2, LLAMA, WEIGHTS, attach, edited_weights
+from command_line import error_of, run
 from families import build
 from hub_server import Hub, running_hub
+from tiny_model import save_with_tokenizer, tiny_gpt2
 
 CLIENT = Path(__file__).parent / "hub_client.py"
 PREFIX_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -61,6 +65,10 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Round
     bases = tmp_path_factory.mktemp("bases")
     for family in (LLAMA, BART):
         build(family).save_pretrained(bases / family.name)
+    save_with_tokenizer(tiny_gpt2(), bases / "gpt2")
+    (bases / "pickled").mkdir()
+    attach(GPT2).peft_config["default"].save_pretrained(bases / "pickled")
+    (bases / "pickled" / "adapter_model.bin").write_bytes(b"anything")
     with ExitStack() as stack:
         folders = {mode: tmp_path_factory.mktemp(mode) for mode in ("regular", "lfs")}
         hubs = {
@@ -89,24 +97,143 @@ def round_trip(request: pytest.FixtureRequest, rounds: dict[str, Round]) -> Roun
 
 def test_what_was_downloaded_computes_what_was_pushed(round_trip: Round) -> None:
     pushed, loaded = round_trip.pushed, round_trip.loaded
-    assert {name: float((pushed[name.split(" ")[0]] - logits).abs().max()) for name, logits in loaded.items()} == {
-        name: 0.0 for name in loaded
-    }
-    assert {name.split(" ")[0] for name in loaded} == set(pushed)
+    source = {name: re.split("[, ]", name)[0] for name in loaded}
+    found = {name: float((pushed[source[name]] - logits).abs().max()) for name, logits in loaded.items()}
+    assert found == dict.fromkeys(loaded, 0.0)
+    assert set(source.values()) == set(pushed)
     # Or a prefix that was not loaded would pass for one that was.
     assert not pushed["main"].equal(pushed["second"])
     assert not pushed["main"].equal(pushed["by-transformers"])
 
 
-@pytest.mark.parametrize("repo", ["me/private", "me/by-transformers", "me/summaries"])
-def test_every_push_is_an_export(round_trip: Round, repo: str) -> None:
+@pytest.mark.parametrize(
+    ("repo", "branch"),
+    [
+        ("me/private", "main"),
+        ("me/private", "second"),
+        ("me/by-transformers", "main"),
+        ("me/summaries", "main"),
+        ("me/trained", "main"),
+        ("me/end", "main"),
+        ("me/by-command", "main"),
+        ("me/by-command", "projected"),
+    ],
+)
+def test_every_push_is_an_export(round_trip: Round, repo: str, branch: str) -> None:
     store = round_trip.hub.store
-    config = json.loads(store.read(repo, "adapter_config.json"))
+    config = json.loads(store.read(repo, "adapter_config.json", branch))
     assert config["initialized"]
     assert not config["prefix_projection"]
-    weights = load(store.read(repo, "adapter_model.safetensors"))
-    assert {name.rpartition(".")[2] for name in weights} == {"key", "value"}
-    assert set(store.files(repo, "main")) >= PREFIX_FILES
+    weights = load(store.read(repo, "adapter_model.safetensors", branch))
+    assert {name.rpartition(".")[2].removeprefix("frozen_") for name in weights} == {"key", "value"}
+    assert set(store.files(repo, branch)) >= PREFIX_FILES
+
+
+def test_the_command_pushes_the_files_of_a_prefix_only(round_trip: Round) -> None:
+    store = round_trip.hub.store
+    assert set(store.files("me/by-command", "main")) == PREFIX_FILES | {".gitattributes", "training.json"}
+    record = json.loads(store.read("me/by-command", "training.json"))
+    assert record["model"] == "me/gpt2"
+    # A folder of the machine, unlike the name of the model.
+    assert record["arguments"]["data"] is None
+    # The checkpoint has no record, so that of the other prefix is gone in its branch.
+    assert set(store.files("me/by-command", "projected")) == PREFIX_FILES | {".gitattributes"}
+    assert store.history("me/by-command", "projected")[-1]["title"] == "With the MLP"
+    assert store.is_private("me/by-command")
+
+
+def test_a_trainer_pushes_checkpoints_and_at_the_end_an_export(round_trip: Round) -> None:
+    store = round_trip.hub.store
+    # Trainer pushes root and checkpoint at the same time, so that either can be first.
+    commits = {commit["title"]: commit["files"] for commit in store.history("me/trained")[1:]}
+    form = {
+        (title, path): json.loads(store.get(files[path]["sha256"]) or b"")["prefix_projection"]
+        for title, files in commits.items()
+        for path in ("adapter_config.json", "last-checkpoint/adapter_config.json")
+        if path in files
+    }
+    assert form["Training in progress, step 2", "adapter_config.json"]
+    assert form["Training in progress, step 2, checkpoint", "last-checkpoint/adapter_config.json"]
+    assert form["End of training", "last-checkpoint/adapter_config.json"]
+    assert not form["End of training", "adapter_config.json"]
+    files = set(store.files("me/trained", "main"))
+    assert files >= PREFIX_FILES | {"training_facts.json", "training_args.bin", "last-checkpoint/optimizer.pt"}
+    assert json.loads(store.read("me/trained", "training_facts.json"))["steps"] == 2
+    assert [commit["title"] for commit in store.history("me/end")][1:] == ["Model save"]
+    assert b"hf_me" not in store.read("me/trained", "training_args.bin")
+
+
+# --- What the command refuses before it asks the Hub ----------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A saved prefix with a frozen token."""
+    attach(GPT2, num_frozen_tokens=1).save_pretrained(tmp_path / "prefix")
+    return tmp_path / "prefix"
+
+
+def refusal(folder: Path) -> str:
+    """Return why a folder is not pushed; nothing can be, because the tests are offline."""
+    return error_of(run("push", folder, "me/prefix"))
+
+
+def test_a_prefix_that_is_whole_would_be_pushed(saved: Path) -> None:
+    assert "could not be pushed to me/prefix" in refusal(saved)
+
+
+def test_a_damaged_prefix_is_not_pushed(saved: Path) -> None:
+    with edited_weights(saved) as weights:
+        weights[next(iter(weights))][0, 0, 0] = float("nan")
+    assert "no finite numbers" in refusal(saved)
+
+
+def test_weights_of_another_configuration_are_not_pushed(saved: Path) -> None:
+    with edited_weights(saved) as weights:
+        first = next(iter(weights))
+        weights[first] = weights[first][..., :-1].contiguous()
+    assert "this model needs" in refusal(saved)
+
+
+def test_weights_that_lack_a_layer_are_not_pushed(saved: Path) -> None:
+    with edited_weights(saved) as weights:
+        del weights[next(iter(weights))]
+    assert "1 tensors that this one needs are missing" in refusal(saved)
+
+
+def test_what_is_no_saved_prefix_is_not_pushed(saved: Path, tmp_path: Path) -> None:
+    assert "is not a prefix folder" in refusal(tmp_path / "missing")
+    get_peft_model(build(LLAMA), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+    assert "LORA adapter, not a prefix" in refusal(tmp_path / "lora")
+    PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3).save_pretrained(tmp_path / "peft")
+    assert "PREFIX_TUNING adapter, not a prefix of hf_prefix" in refusal(tmp_path / "peft")
+    written = saved / "adapter_config.json"
+    config = written.read_text(encoding="utf-8")
+    written.write_text(json.dumps(json.loads(config) | {"initialized": False}), encoding="utf-8")
+    assert "not saved together with weights" in refusal(saved)
+    written.write_text(config, encoding="utf-8")
+    (saved / WEIGHTS).write_bytes(b"no tensors")
+    assert "cannot be read" in refusal(saved)
+    (saved / WEIGHTS).rename(saved / "adapter_model.bin")
+    assert "but adapter_model.bin, a pickle file" in refusal(saved)
+
+
+def test_a_base_model_that_others_do_not_have_is_named(saved: Path, tmp_path: Path) -> None:
+    written = saved / "adapter_config.json"
+    config = json.loads(written.read_text(encoding="utf-8"))
+    for name, noted in {str(tmp_path): True, "me/gpt2": False}.items():
+        written.write_text(json.dumps(config | {"base_model_name_or_path": name}), encoding="utf-8")
+        assert ("a folder that others do not have" in run("push", saved, "me/prefix").stderr) == noted
+
+
+def test_a_prefix_is_pulled_into_a_new_folder_only(saved: Path) -> None:
+    for output in (saved, saved / "adapter_config.json"):
+        assert "not an empty folder" in error_of(run("pull", "me/prefix", "--output", output))
+
+
+def test_a_revision_is_one_of_the_hub(saved: Path) -> None:
+    for command in (["inspect", saved], ["generate", "--prefix", saved, "text"]):
+        assert "--revision second is for a prefix on the Hub" in error_of(run(*command, "--revision", "second"))
 
 
 def test_a_revision_and_privacy_are_kept(round_trip: Round) -> None:

@@ -359,3 +359,11 @@ def test_checkpointing_and_accumulation_change_nothing(
         PrefixTrainer(model, arguments, train_dataset=rows, base_dropout=False).train()
         found.append(prefix_parameters(model))
     assert all(torch.allclose(found[1][name], found[0][name], atol=1e-5) for name in found[0])
+
+
+def test_a_token_is_not_put_where_it_would_be_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The repository is made before; the tests are offline.
+    monkeypatch.setattr(PrefixTrainer, "init_hf_repo", lambda self: None)
+    arguments = training_arguments(tmp_path, push_to_hub=True, hub_token="hf_secret")
+    with pytest.raises(TrainingError, match=r"hub_token would be uploaded.*training_args\.bin.*HF_TOKEN"):
+        trainer(with_prefix(tiny_llama()), tmp_path, args=arguments)

@@ -65,6 +65,7 @@ def quiet_libraries() -> None:
     """Keep transformers' progress bars and advice out of our output; our own warnings stay."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # Releases of peft and transformers that deprecate each other's names concern nobody who types a command.
     warnings.filterwarnings("ignore", category=FutureWarning)

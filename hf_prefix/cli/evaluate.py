@@ -12,6 +12,7 @@ from rich.table import Table
 from hf_prefix.cli import options
 from hf_prefix.cli.console import say, stdout_console
 from hf_prefix.cli.data import FileSource, FolderSource, RecordSource, choose_source
+from hf_prefix.cli.hub import find_prefix
 from hf_prefix.cli.loading import TrainedPrefix, load_prefix
 from hf_prefix.cli.scoring import (
     ALL,
@@ -89,7 +90,7 @@ def number_of_examples(baseline: str) -> int:
 
 
 def evaluate(
-    prefix: options.PrefixFolder,
+    prefix: options.Prefix,
     data: options.Data = None,
     task_folder: options.TaskFolder = None,
     split: Annotated[list[str] | None, typer.Option(help="Split of --task-folder; may be repeated.")] = None,
@@ -108,6 +109,7 @@ def evaluate(
     train_split: Annotated[
         str | None, typer.Option(help="Split of --task-folder for few-shot examples (default: train).")
     ] = None,
+    revision: options.Revision = None,
     model: options.ModelOfPrefix = None,
     gguf_file: options.GgufFile = None,
     max_new_tokens: options.MaxNewTokens = 96,
@@ -121,7 +123,7 @@ def evaluate(
     records = source.read(limit, seed)
     examples = _example_source(train_data, task_folder, train_split, source_column, target_column)
     baselines = Baselines(baseline or (), examples, instruction, seed).build()
-    trained = load_prefix(prefix, model, gguf_file)
+    trained = load_prefix(find_prefix(prefix, revision), model, gguf_file)
     settings = decoding_settings(trained.record, max_new_tokens, num_beams, batch_size)
     scores = [_score_baseline(trained, name, asked, records, settings) for name, asked in baselines.items()]
     sources = [record.source for record in records]

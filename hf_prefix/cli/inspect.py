@@ -12,7 +12,9 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hf_prefix.cli import options
 from hf_prefix.cli.console import one_line, stdout_console
+from hf_prefix.cli.hub import find_prefix
 from hf_prefix.cli.loading import read_prefix_config
 from hf_prefix.cli.run_files import read_training_record
 from hf_prefix.config import PrefixConfig
@@ -24,11 +26,15 @@ EXAMPLES = """Example:
 hf-prefix inspect my-prefix"""
 
 
-def inspect(prefix: Annotated[Path, typer.Argument(help="Folder of a trained prefix.")]) -> None:
+def inspect(
+    prefix: Annotated[str, typer.Argument(help="Folder of a trained prefix, or a name on the Hub (owner/name).")],
+    revision: options.Revision = None,
+) -> None:
     """Show base model, options, attention sites, shapes and size of a prefix."""
-    config = read_prefix_config(prefix)
-    record = read_training_record(prefix)
-    weights = _read_weights(prefix)
+    folder = find_prefix(prefix, revision)
+    config = read_prefix_config(folder)
+    record = read_training_record(folder)
+    weights = _read_weights(folder)
     numbers = sum(tensor.numel() for name, tensor in weights.items() if not name.endswith(SAVED_FROZEN))
     size = sum(tensor.nbytes for tensor in weights.values())
     facts = {

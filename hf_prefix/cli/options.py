@@ -29,7 +29,12 @@ ModelOfPrefix = Annotated[
 GgufFile = Annotated[
     str | None, typer.Option("--gguf-file", help="Name of a GGUF file in the model's folder or repository.")
 ]
-PrefixFolder = Annotated[Path, typer.Option("--prefix", "-p", help="Folder of a trained prefix.")]
+Prefix = Annotated[
+    str, typer.Option("--prefix", "-p", help="Trained prefix: a folder, or a name on the Hub (owner/name).")
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a prefix on the Hub; by default main.")
+]
 Data = Annotated[
     Path | None,
     typer.Option(

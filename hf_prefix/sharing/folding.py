@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_prefix.errors import PrefixError
 from hf_prefix.prefix.projection import hidden_layer, output_layer
-from hf_prefix.sharing.checkpoint import SAVED_KEY, SAVED_PREFIX, SAVED_VALUE, TRUNK_PART
+from hf_prefix.sharing.checkpoint import SAVED_FROZEN, SAVED_KEY, SAVED_PREFIX, SAVED_VALUE, TRUNK_PART
 
 _ENCODER = ".hf_prefix.hf_prefix_encoder."
 _WEIGHT, _BIAS = _ENCODER + "weight", _ENCODER + "bias"
@@ -80,3 +80,21 @@ def _part(saved: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in saved:
         raise PrefixError(f"The projection cannot be folded, because {name} is missing among the saved tensors.")
     return saved[name]
+
+
+def folded_shapes(modules: Mapping[str, AttentionModule], learned: int, frozen: int) -> dict[str, Tensor]:
+    """Return tensors without numbers, by the names in the model and of the shapes that saved keys and values have.
+
+    Args:
+        modules: The attention modules that have the prefix, by name.
+        learned: Number of learned tokens.
+        frozen: Number of frozen tokens.
+    """
+    parts = [(learned, SAVED_KEY, SAVED_VALUE)] + ([(frozen, *SAVED_FROZEN)] if frozen else [])
+    return {
+        module_name + name: torch.empty(module["kv_heads"], length, size, device="meta")
+        for module_name, module in modules.items()
+        for length, key, value in parts
+        for name, size in ((key, module["key_size"]), (value, module["value_size"]))
+        if size
+    }

@@ -286,8 +286,15 @@ class PrefixTrainer(Trainer):
             raise TrainingError(
                 "loss_reduction='sentence' and compute_loss_func contradict each other; give one of the two."
             )
-        if self.decoding is None:
-            return
+        if self.args.push_to_hub and self.args.hub_token:
+            raise TrainingError(
+                "hub_token would be uploaded for all to read: Trainer saves its arguments in training_args.bin and "
+                "pushes that file, too. Leave hub_token out, and log in with 'hf auth login' or set HF_TOKEN."
+            )
+        if self.decoding is not None:
+            self._check_decoding()
+
+    def _check_decoding(self) -> None:
         if self.compute_metrics is None:
             raise TrainingError(
                 "decoding is given without compute_metrics, so the texts would be generated for nothing; pass a "
