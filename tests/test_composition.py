@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import zoo
 from adapters import BART, BY_NAME, FOLDED, GPT2, KEPT, LLAMA, T5, WEIGHTS, attach, edited_weights, logits, one_step
 from families import Family, build, tokens
 from hf_prefix import PrefixConfig, PrefixError, PrefixMismatchError, PrefixNotLoadedError, UnsupportedCallError
@@ -201,6 +202,25 @@ def test_concatenated_files_are_the_active_list(some_family: Family, tmp_path: P
     assert torch.equal(logits(both), logits(model))
     batch = source_batch(some_family)
     assert torch.equal(greedy_logits(both, batch), greedy_logits(model, batch))
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "deepseek_v4", "deepseek_v3", "hrm_text"])
+@torch.no_grad()
+def test_attention_of_other_shapes_and_parts(name: str, tmp_path: Path) -> None:
+    """Layers of different heads, keys that serve as values, latents, and modules with several places in the cache."""
+    entry = next(entry for entry in zoo.entries() if entry.model_type == name)
+    model = get_peft_model(zoo.build(entry), config(seed=1), adapter_name="a").eval()
+    model.add_adapter("b", config(seed=2))
+    a, b = saved(model, tmp_path)
+    model.add_weighted_adapter(["a", "b"], [0.25, 0.75], "mean")
+    model.save_pretrained(tmp_path, selected_adapters=["mean"])
+    concatenate([a, b]).save(tmp_path / "both")
+    average([a, b], [1, 3]).save(tmp_path / "average")
+    for names, folder in ((["a", "b"], "both"), (["mean"], "average"), (["mean"], "mean")):
+        model.base_model.set_adapter(names)
+        found = PeftModel.from_pretrained(zoo.build(entry), tmp_path / folder).eval()
+        words = zoo.words(2, 6)
+        assert torch.equal(found(input_ids=words).logits, model(input_ids=words).logits)
 
 
 def test_concatenated_infixes_are_the_active_list(tmp_path: Path) -> None:
