@@ -19,6 +19,8 @@ from hf_prefix.model import PrefixModel
 from hf_prefix.operations import fold_prefix, initialize_from_cache, initialize_from_text
 from hf_prefix.registration import register_with_peft
 from hf_prefix.row_prefixes import prefix_per_row
+from hf_prefix.serving.hotswap import hotswap_prefix
+from hf_prefix.serving.pool import PrefixPool
 
 __version__ = "0.1.0"
 
@@ -31,10 +33,12 @@ __all__ = [
     "PrefixMismatchError",
     "PrefixModel",
     "PrefixNotLoadedError",
+    "PrefixPool",
     "TrainingError",
     "UnsupportedCallError",
     "UnsupportedModelError",
     "fold_prefix",
+    "hotswap_prefix",
     "initialize_from_cache",
     "initialize_from_text",
     "prefix_per_row",

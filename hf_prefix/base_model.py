@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prefix.attention.sites import AttentionSite
+from hf_prefix.attention.tuner_layer import base_modules
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixMismatchError
 from hf_prefix.sharing.fingerprint import BaseFingerprint, differences, fingerprint
@@ -43,7 +44,7 @@ def _looked_at(model: PreTrainedModel, sites: list[AttentionSite]) -> dict[str, 
         embedding = model.get_input_embeddings()
     except NotImplementedError:
         embedding = None
-    modules = {name: module for name, module in model.named_modules() if module is embedding}
+    modules = {name: module for name, module in base_modules(model) if module is embedding}
     return modules | {site.name: site.module for site in (sites[0], sites[-1])}
 
 

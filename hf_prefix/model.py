@@ -6,23 +6,24 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prefix.adapter_saving import AdapterSaving
+from hf_prefix.attached_tensors import fitting_tensors
 from hf_prefix.attention.continuous_batching import ContinuousBatchingGuard
-from hf_prefix.attention.discovery import find_sites
 from hf_prefix.attention.embedding_run import EmbeddingRun, check_embeddings_suffice, input_width
 from hf_prefix.attention.infix import check_takes_infix
+from hf_prefix.attention.known_sites import KnownSites
 from hf_prefix.attention.layer import PrefixLayer
-from hf_prefix.attention.positions import positions_module
 from hf_prefix.attention.sharding import check_undivided
 from hf_prefix.attention.sites import AttentionSite, check_can_scroll
 from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.attention.tuner_layer import CHILD_NAME, PrefixTunerLayer, prefix_layers, prefixes_off
 from hf_prefix.base_model import note_base
 from hf_prefix.config import PrefixConfig
+from hf_prefix.direct_attachment import DirectAttachment
 from hf_prefix.errors import PrefixError, UnsupportedCallError
 from hf_prefix.initialization import Start, Starter
 from hf_prefix.peft_type import PARAMETER_PREFIX
@@ -31,12 +32,11 @@ from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, PrefixShape, 
 from hf_prefix.prefix.fitting import initialize_encoders
 from hf_prefix.prefix.projected import PrefixTrunk, ProjectedPrefix
 from hf_prefix.row_prefixes import prefixes_of_call
-from hf_prefix.sharing.checkpoint import check_fits
 from hf_prefix.targets import check_layers, matching_names, moves_positions, note_modules, select_sites
 from hf_prefix.weighted_adapter import CombinationType, add_weighted_adapter
 
 
-class PrefixModel(BaseTuner):
+class PrefixModel(DirectAttachment):
     """Attaches prefixes to every attention module of a model (Li & Liang 2021).
 
     **The model is changed in place**: its attention modules get a child named `hf_prefix` and forward hooks;
@@ -86,8 +86,10 @@ class PrefixModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PrefixConfig, model: nn.Module) -> None:
         check_undivided(model)
+        # PEFT attaches the first prefix before anything could be set in a constructor of ours.
+        known: KnownSites = self.__dict__.setdefault("_known_sites", KnownSites())
         with prefixes_off(model):
-            sites = select_sites(find_sites(model), peft_config, model)
+            sites = select_sites(known.find(model), peft_config, model)
             self._matcher = matching_names(sites, peft_config)
             self._sites = {site.name: site for site in sites}
             targets = [site for site in sites if self._check_target_module_exists(peft_config, site.name)]
@@ -101,7 +103,7 @@ class PrefixModel(BaseTuner):
                 check_takes_infix(targets, model, peft_config.infix_separator_token_id)
             for site in targets:
                 if moves_positions(peft_config, site, model):
-                    positions_module(site.stack)
+                    known.check_positions_move(site.stack)
                 if peft_config.sliding_window == "scroll":
                     check_can_scroll(site.module)
             note_modules(peft_config, targets)
@@ -251,26 +253,7 @@ class PrefixModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        expected = _adapter_tensors(model, adapter_name)
-        others = model.state_dict().keys() - expected.keys()
-        ours = {name: tensor for name, tensor in remapped.items() if name not in others}
-        check_fits(ours, expected)
-        # Copies: PEFT may keep what it is given (low_cpu_mem_usage), and at the odd addresses of a mapped file torch
-        # adds up in another order, so that a projection would give other keys in their last bits.
-        return remapped | {name: tensor.clone() for name, tensor in ours.items()}
-
-
-def _adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Return the tensors of a prefix by their name in the model."""
-    return {
-        f"{name}.{key}": tensor
-        for name, layer in prefix_layers(model)
-        for key, tensor in layer.state_dict(keep_vars=True).items()
-        if key.split(".")[1] == adapter_name
-    }
+        return fitting_tensors(model, adapter_name, state_dict)
 
 
 def _new_encoder(config: PrefixConfig, site: AttentionSite, trunk: SharedPart | None) -> PrefixEncoder:

@@ -60,9 +60,9 @@ def forward(model: nn.Module, **options: Any) -> Any:
         return model(**batch, **options)
 
 
-def logits(model: nn.Module) -> Tensor:
+def logits(model: nn.Module, **options: Any) -> Tensor:
     """Return a model's logits for one fixed batch."""
-    return forward(model).logits
+    return forward(model, **options).logits
 
 
 def loss(model: nn.Module) -> Tensor:

@@ -96,13 +96,18 @@ class PrefixLayer(PrefixTunerLayer):
         self.hf_prefix_scrolls[adapter_name] = scroll
         self.hf_prefix_infix[adapter_name] = infix
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters)
+        self.freeze_inactive(adapter_name)
 
     def train(self, mode: bool = True) -> "PrefixLayer":
         """Switch dropout; forget prepared keys and values, which training changes."""
         self._ready = None
         super().train(mode)
         return self
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove a prefix; forget prepared keys and values: another one may come to lie in the same memory."""
+        self._ready = None
+        super().delete_adapter(adapter_name)
 
     def encoder(self, adapter_name: str) -> PrefixEncoder:
         """Return the parameters of a prefix."""

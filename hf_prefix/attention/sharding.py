@@ -4,6 +4,8 @@ Parameters are whole only while the module that they were divided with runs; eac
 at other times, or keeps results between calls, has to ask here.
 """
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
+from hf_prefix.attention.tuner_layer import base_modules, prefix_layers
 from hf_prefix.errors import UnsupportedCallError, UnsupportedModelError
 
 _ZERO_MARK = "ds_id"
@@ -29,7 +32,7 @@ def check_undivided(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: A parameter is divided.
     """
-    name = next((name for name, parameter in model.named_parameters() if _is_divided(parameter)), None)
+    name = next((name for name, parameter in _parameters_to_ask(model) if _is_divided(parameter)), None)
     if name is not None or (getattr(model, "tp_size", None) or 1) > 1:
         raise UnsupportedModelError(
             f"The parameters of {type(model).__name__} are divided among processes already"
@@ -88,6 +91,18 @@ def call_with_whole_tables(module: nn.Module, method: str, *args: Any, **kwargs:
     if not whole:
         return getattr(module, method)(*args, **kwargs)
     return functional_call(_Method(module, method), whole, args, kwargs)
+
+
+def _parameters_to_ask(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the base model's parameters, and one prefix's: engines divide all that a module has at that time."""
+    for name, module in base_modules(model):
+        for key, parameter in module.named_parameters(recurse=False):
+            yield f"{name}.{key}" if name else key, parameter
+    for name, layer in prefix_layers(model):
+        for attribute, adapters in layer.adapters():
+            for adapter_name, adapter in islice(adapters.items(), 1):
+                for key, parameter in adapter.named_parameters():
+                    yield f"{name}.{attribute}.{adapter_name}.{key}", parameter
 
 
 def _is_divided(parameter: Tensor) -> bool:

@@ -92,7 +92,7 @@ class PrefixStack(PrefixTunerLayer):
         if trunk is not None:
             self.hf_prefix_trunk[adapter_name] = trunk
             self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters)
+        self.freeze_inactive(adapter_name)
 
     @property
     def stack_module(self) -> nn.Module:

@@ -61,10 +61,13 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
     """
 
     # PEFT's mixin declares these without types.
+    adapter_layer_names: tuple[str, ...]
     active_adapters: list[str]
     disable_adapters: bool
     _disable_adapters: bool
     set_adapter: Callable[[list[str]], None]
+    enable_adapters: Callable[[bool], None]
+    delete_adapter: Callable[[str], None]
 
     def __init__(self, call: StackCall) -> None:
         super().__init__()
@@ -100,6 +103,34 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
         names = self.active_adapters if rows is None else dict.fromkeys(rows)
         return [name for name in names if name in among]
 
+    def freeze_inactive(self, adapter_name: str) -> None:
+        """Let a new adapter learn only if it is active, as `set_adapter` does for all of them, one by one."""
+        for _, adapters in self.adapters():
+            if adapter_name in adapters:
+                adapters[adapter_name].requires_grad_(adapter_name in self.active_adapters)
+
+    def adapters(self) -> Iterator[tuple[str, nn.ModuleDict]]:
+        """Yield name and contents of each attribute that holds modules by adapter."""
+        for attribute in self.adapter_layer_names:
+            yield attribute, getattr(self, attribute)
+
+    def settle(self, adapter_name: str, active: list[str], enabled: bool) -> None:
+        """Bring this module and an adapter that is new in it to the state of the model's others.
+
+        Args:
+            adapter_name: The adapter's name.
+            active: Names of the active adapters.
+            enabled: Whether adapters act.
+        """
+        if self.active_adapters != active:
+            # Only a module that is new itself is told otherwise; it has no other adapter.
+            self.set_adapter(active)
+        if self.disable_adapters is enabled:
+            self.enable_adapters(enabled)
+        for _, adapters in self.adapters():
+            if adapter_name in adapters:
+                adapters[adapter_name].train(self.training)
+
     def add_hook(self, handle: Any) -> None:
         """Keep a hook's handle, so that `detach` can remove the hook."""
         self._hooks.append(handle)
@@ -112,10 +143,32 @@ class PrefixTunerLayer(nn.Module, BaseTunerLayer):
 
 
 def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixTunerLayer]]:
-    """Yield name and module of everything of ours in a model."""
-    for name, module in model.named_modules():
+    """Yield name and module of everything of ours in a model, but not of the prefixes in it."""
+    for name, module in _modules_without_prefixes(model):
         if isinstance(module, PrefixTunerLayer):
             yield name, module
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of everything in a model that is not ours."""
+    for name, module in _modules_without_prefixes(model):
+        # By name as well: on the model's root our stacks hang in a container.
+        if not isinstance(module, PrefixTunerLayer) and name.rpartition(".")[2] != CHILD_NAME:
+            yield name, module
+
+
+def _modules_without_prefixes(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what `named_modules` does, without what hangs below our layers: there may be thousands of prefixes."""
+    seen, open_modules = set[nn.Module](), [("", model)]
+    while open_modules:
+        name, module = open_modules.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        if not isinstance(module, PrefixTunerLayer):
+            children = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
+            open_modules.extend(reversed(children))
 
 
 @contextmanager

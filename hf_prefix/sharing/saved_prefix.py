@@ -67,8 +67,8 @@ class SavedPrefix:
             PrefixMismatchError: It is damaged.
             UnsupportedCallError: It is pickled, or divided among several files.
         """
-        config = _read_config(str(folder))
-        weights = _read_weights(folder)
+        config = read_config(str(folder))
+        weights = read_weights(folder)
         if config.prefix_projection and not is_folded(weights):
             weights = fold(weights, config.attention_modules or {})
         key_values = key_values_of(weights, str(folder))
@@ -96,7 +96,15 @@ class SavedPrefix:
         config.save_pretrained(str(folder))
 
 
-def _read_config(folder: str) -> PrefixConfig:
+def read_config(folder: str) -> PrefixConfig:
+    """Read the configuration of a saved prefix.
+
+    Args:
+        folder: Folder or Hub id.
+
+    Raises:
+        PrefixError: There is no prefix.
+    """
     try:
         config = PeftConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError) as error:
@@ -109,7 +117,16 @@ def _read_config(folder: str) -> PrefixConfig:
     return config
 
 
-def _read_weights(folder: str | Path) -> dict[str, Tensor]:
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a saved prefix to the CPU, by their names in the file.
+
+    Args:
+        folder: Folder or Hub id.
+
+    Raises:
+        PrefixMismatchError: They are missing or damaged.
+        UnsupportedCallError: They are pickled, or divided among several files.
+    """
     check_format(folder)
     try:
         weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")

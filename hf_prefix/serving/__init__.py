@@ -1,0 +1,1 @@
+"""Many saved prefixes on one running model."""
