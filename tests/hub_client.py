@@ -24,10 +24,12 @@ from transformers.integrations import peft as integration
 from adapters import BART, GPT2, logits, prefix_config
 from command_line import ROWS, error_of, run, train_on, write_rows
 from hf_prefix import PrefixConfig
+from hf_prefix.sharing import SavedPrefix
 from hf_prefix.training import PrefixTrainer
 from quiet_run import training_arguments
 
 SOURCE, TEXT_FILE = ROWS[0]["source"], "text.txt"
+OWN_WORDS = "\nMy own words on this prefix.\n"
 PROJECTION = {"projection": True, "prefix_init": "real_tokens"}
 
 
@@ -115,6 +117,8 @@ def _push_by_command(folder: Path) -> dict[str, Tensor]:
     assert train_on(Path("me/gpt2"), data, prefix, "--learning-rate", 1).exit_code == 0
     for name in ("optimizer.pt", "training_args.bin", "notes.txt"):
         (prefix / name).write_bytes(b"mine")
+    with (prefix / "README.md").open("a", encoding="utf-8") as card:
+        card.write(OWN_WORDS)
     pushed = run("push", prefix, "me/by-command", "--private")
     assert pushed.exit_code == 0, pushed.output
     assert pushed.stdout.strip().endswith("/me/by-command")
@@ -171,6 +175,8 @@ def download(folder: Path) -> dict[str, Tensor]:
     checkpoint = PeftModel.from_pretrained(llama(), **trained, subfolder="last-checkpoint", is_trainable=True)
     assert checkpoint.peft_config["default"].prefix_projection
     found["trained, from the checkpoint"] = logits(checkpoint.eval())
+    SavedPrefix.load("me/by-transformers").save(folder / "copy")
+    found["by-transformers copied"] = logits(PeftModel.from_pretrained(llama(), folder / "copy"))
     found["end"] = logits(PeftModel.from_pretrained(bart(), "me/end"))
     start = prefix_config(prefix_init="prefix", prefix_init_path="me/by-transformers")
     found["by-transformers as a start"] = logits(get_peft_model(llama(), start).eval())
@@ -194,6 +200,7 @@ def _pull_by_command(folder: Path) -> dict[str, Tensor]:
         pulled = run("pull", "me/by-command", "--output", folder / f"pulled-{name}", *options)
         assert pulled.exit_code == 0, pulled.output
         found[f"{name} pulled"] = logits(PeftModel.from_pretrained(gpt2(), folder / f"pulled-{name}"))
+    assert (folder / "pulled-by-command" / "README.md").read_text(encoding="utf-8").endswith(OWN_WORDS)
     text = (folder / TEXT_FILE).read_text(encoding="utf-8")
     for prefix in (folder / "pulled-by-command", "me/by-command"):
         assert run("generate", "--prefix", prefix, SOURCE).stdout == text

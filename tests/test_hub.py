@@ -195,6 +195,21 @@ def test_weights_of_another_configuration_are_not_pushed(saved: Path) -> None:
     assert "this model needs" in refusal(saved)
 
 
+@pytest.mark.parametrize("form", [{"projection": True}, {"embedding_only": True, "prefix_init": "real_tokens"}])
+def test_the_other_forms_are_checked_as_well(form: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    attach(LLAMA, **form).save_pretrained(checkpoint)
+    assert "could not be pushed to me/prefix" in refusal(checkpoint)
+    with edited_weights(checkpoint) as weights:
+        trunk = next(name for name in weights if "trunk" in name)
+        weights[trunk].fill_(float("inf"))
+    assert "no finite numbers" in refusal(checkpoint)
+    with edited_weights(checkpoint) as weights:
+        for name in [name for name in weights if "trunk" in name]:
+            del weights[name]
+    assert "describes a projection or embeddings, and the saved weights have none" in refusal(checkpoint)
+
+
 def test_weights_that_lack_a_layer_are_not_pushed(saved: Path) -> None:
     with edited_weights(saved) as weights:
         del weights[next(iter(weights))]

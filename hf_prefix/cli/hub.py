@@ -14,14 +14,15 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from hf_prefix.cli.console import one_line
 from hf_prefix.cli.loading import read_prefix_config
 from hf_prefix.cli.run_files import TRAINING_FILE, read_training_record
 from hf_prefix.config import PrefixConfig
-from hf_prefix.errors import PrefixError
-from hf_prefix.sharing.checkpoint import SAVED_PREFIX, check_fits
-from hf_prefix.sharing.folding import folded_shapes, is_folded
+from hf_prefix.errors import PrefixError, PrefixMismatchError
+from hf_prefix.sharing.checkpoint import SAVED_PREFIX, TRUNK_PART, check_fits, check_numbers
+from hf_prefix.sharing.folding import folded_shapes
 from hf_prefix.training.facts import FACTS_FILE
 
 CARD_FILE = "README.md"
@@ -153,10 +154,7 @@ def check_prefix(folder: Path) -> PrefixConfig:
         saved = {name.removeprefix(SAVED_PREFIX): tensor for name, tensor in load_file(weights).items()}
     except SafetensorError as error:
         raise PrefixError(f"{weights} cannot be read: {one_line(error)}") from error
-    if is_folded(saved):
-        learned = config.num_virtual_tokens - config.num_frozen_tokens
-        expected = folded_shapes(config.attention_modules, learned, config.num_frozen_tokens)
-        check_fits({name: tensor for name, tensor in saved.items() if ".hf_prefix." in name}, expected)
+    _check_tensors(saved, config)
     read_training_record(folder)
     return config
 
@@ -171,15 +169,32 @@ def names_a_place(config: PrefixConfig) -> bool:
     return _is_a_place(name) or Path(name).is_dir()
 
 
+def _check_tensors(saved: Mapping[str, Tensor], config: PrefixConfig) -> None:
+    """Check that saved tensors are finite numbers and what the configuration describes."""
+    for name, tensor in saved.items():
+        if "hf_prefix" in name:
+            check_numbers(name, tensor)
+    if not (config.prefix_projection or config.embedding_only):
+        learned = (config.num_virtual_tokens or 0) - config.num_frozen_tokens
+        expected = folded_shapes(config.attention_modules or {}, learned, config.num_frozen_tokens)
+        check_fits({name: tensor for name, tensor in saved.items() if ".hf_prefix." in name}, expected)
+    elif not any(TRUNK_PART in f".{name}" for name in saved):
+        raise PrefixMismatchError(
+            "The configuration describes a projection or embeddings, and the saved weights have none; save the prefix "
+            "again."
+        )
+
+
 def _stage(folder: Path, staged: Path) -> None:
     """Copy what is pushed, as an export and without places on this machine."""
     config = check_prefix(folder)
     for name in PREFIX_FILES:
-        if (folder / name).is_file() and name != CONFIG_NAME:
+        if (folder / name).is_file():
             shutil.copyfile(folder / name, staged / name)
-    # Folds the weights of a training checkpoint.
-    config.save_pretrained(str(staged))
-    check_prefix(staged)
+    if config.prefix_projection and not config.keep_projection:
+        # A training checkpoint, which is folded outside of its folder.
+        config.save_pretrained(str(staged))
+        check_prefix(staged)
     record = staged / TRAINING_FILE
     if record.is_file():
         values = json.loads(record.read_text(encoding="utf-8"))

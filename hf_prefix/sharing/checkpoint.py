@@ -59,7 +59,7 @@ def key_values_of(weights: Mapping[str, Tensor], folder: str) -> dict[str, KeyVa
             "projection or embeddings, load it, call fold_prefix(model) and save it to another folder."
         )
     for name, tensor in weights.items():
-        _check_numbers(name, tensor)
+        check_numbers(name, tensor)
     return {name.removeprefix(SAVED_PREFIX): _key_values(weights, name) for name in names}
 
 
@@ -122,7 +122,7 @@ def check_fits(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
                 f"The saved prefix is for another model: {name} has shape {shape}, this model needs {wanted}. Load "
                 "it on the base model that its adapter_config.json names."
             )
-        _check_numbers(name, tensor)
+        check_numbers(name, tensor)
 
 
 def _check_form(saved: Iterable[str], expected: Iterable[str]) -> None:
@@ -141,7 +141,16 @@ def _check_form(saved: Iterable[str], expected: Iterable[str]) -> None:
         )
 
 
-def _check_numbers(name: str, tensor: Tensor) -> None:
+def check_numbers(name: str, tensor: Tensor) -> None:
+    """Check that a saved tensor can be used.
+
+    Args:
+        name: Its name, for the message.
+        tensor: Numbers of any shape.
+
+    Raises:
+        PrefixMismatchError: It holds values that are no finite numbers.
+    """
     if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
         raise PrefixMismatchError(
             f"The saved prefix is damaged: {name} ({tensor.dtype}) holds values that are no finite numbers. "
