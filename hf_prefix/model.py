@@ -138,6 +138,7 @@ class PrefixModel(DirectAttachment):
     ) -> None:
         site = self._sites[current_key]
         stack = self._stack(site)
+        stack.includes(site.stack)
         layer = getattr(target, CHILD_NAME, None)
         if layer is None:
             layer = PrefixLayer(site, stack.call)

@@ -5,13 +5,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
-from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.attention.rows import WITHOUT_PREFIX, Rows, raise_wrong_count
 from hf_prefix.attention.sites import tokens_per_place
 from hf_prefix.attention.stack import PrefixStack
-from hf_prefix.attention.tuner_layer import prefix_layers
+from hf_prefix.attention.tuner_layer import CHILD_NAME
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError, UnsupportedCallError
 
@@ -74,7 +74,9 @@ def _rows_of(model: nn.Module, rows: Rows, may_repeat: bool) -> Iterator[None]:
 
 
 def _stacks(model: nn.Module) -> list[PrefixStack]:
-    return [layer for _, layer in prefix_layers(model) if isinstance(layer, PrefixStack)]
+    # They hang on the root, so that a step of a user's own decoding loop does not walk through the whole model.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return [cast(PrefixStack, stack) for stack in getattr(base, CHILD_NAME, nn.ModuleDict()).values()]
 
 
 def _given_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -113,8 +115,7 @@ def _checked(model: nn.Module, adapter_names: Sequence[str]) -> Rows:
 
 def _check_one_stack(model: nn.Module, stacks: list[PrefixStack]) -> None:
     """Check that all attention of a role belongs to one encoder or decoder, whose calls say where rows begin (BLT)."""
-    layers = [layer for _, layer in prefix_layers(model) if isinstance(layer, PrefixLayer)]
-    if {id(layer.stack_module) for layer in layers} - {id(stack.stack_module) for stack in stacks}:
+    if not all(stack.follows_all for stack in stacks):
         raise UnsupportedCallError(
             f"adapter_names is for models with one decoder of text; {type(model).__name__} has several. Activate one "
             "prefix for the whole batch with set_adapter, and run the rows of others as batches of their own."

@@ -114,11 +114,6 @@ class PrefixLayer(PrefixTunerLayer):
         return cast(PrefixEncoder, self.hf_prefix_encoder[adapter_name])
 
     @property
-    def stack_module(self) -> nn.Module:
-        """The encoder or decoder that the attention module belongs to."""
-        return self._stack[0]
-
-    @property
     def length(self) -> int:
         """Number of virtual tokens that are active here; of the longest prefix where rows have their own."""
         return self._length()
@@ -208,7 +203,8 @@ class PrefixLayer(PrefixTunerLayer):
         if rows is None:
             return None
         lengths = {name: self.encoder(name).num_virtual_tokens for name in self.active_names(self.hf_prefix_encoder)}
-        missing = [self._length() - lengths.get(name, 0) for name in rows]
+        longest = max(lengths.values())
+        missing = [longest - lengths.get(name, 0) for name in rows]
         return torch.tensor(missing, device=device) if any(missing) else None
 
     def _active_encoders(self) -> list[PrefixEncoder]:

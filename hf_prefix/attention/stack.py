@@ -55,6 +55,7 @@ class PrefixStack(PrefixTunerLayer):
         # In tuples, so that they do not become children.
         self._stack, self._root = (stack,), (root,)
         self._shifts_positions = self._keeps_positions = self._knows_rows = False
+        self.follows_all = True
         self.add_hook(stack.register_forward_pre_hook(self.begin_forward, with_kwargs=True))
 
     def update_layer(
@@ -94,10 +95,9 @@ class PrefixStack(PrefixTunerLayer):
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self.freeze_inactive(adapter_name)
 
-    @property
-    def stack_module(self) -> nn.Module:
-        """The encoder or decoder whose calls are followed."""
-        return self._stack[0]
+    def includes(self, stack: nn.Module) -> None:
+        """Note that attention of the role belongs to an encoder or decoder, whose calls may not be those followed."""
+        self.follows_all &= stack is self._stack[0]
 
     def trunk(self, adapter_name: str) -> SharedPart | None:
         """Return the part of a prefix that the attention modules share; None where they share none."""
