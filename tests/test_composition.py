@@ -418,6 +418,21 @@ def test_it_takes_what_the_parameters_give_now(options: dict[str, Any]) -> None:
     assert plain.prefix_dropout == 0.5
 
 
+def test_a_new_prefix_is_in_the_mode_of_its_model() -> None:
+    """Or it would drop numbers out in evaluation mode."""
+    model = attach(LLAMA, prefix_dropout=0.5)
+    model.add_adapter("other", config(prefix_dropout=0.5))
+    model.add_weighted_adapter(["default"], [1.0], "same")
+    wanted = logits(model)
+    model.set_adapter("same")
+    assert torch.equal(logits(model), wanted)
+    assert not any(layer.encoder("other").training for layer in layers(model).values())
+    model.train()
+    model.add_weighted_adapter(["default"], [1.0], "later")
+    modes = {layer.encoder(name).training for layer in layers(model).values() for name in ("other", "same", "later")}
+    assert modes == {True}
+
+
 def test_a_weighted_adapter_can_be_trained_and_deleted() -> None:
     model = with_two()
     before = logits(model)

@@ -92,7 +92,8 @@ class PrefixLayer(PrefixTunerLayer):
             scroll: Whether it leaves a sliding window as a prompt would.
             infix: Whether it stands behind prompts instead of in front of all tokens.
         """
-        self.hf_prefix_encoder[adapter_name] = encoder
+        # A new module is in training mode, and would drop numbers out of a model that is not.
+        self.hf_prefix_encoder[adapter_name] = encoder.train(self.training)
         self.hf_prefix_scrolls[adapter_name] = scroll
         self.hf_prefix_infix[adapter_name] = infix
         self._move_adapter_to_device_of_base_layer(adapter_name)

@@ -132,10 +132,10 @@ def _write(result: SavedPrefix, output: Path, sources: Sequence[Path], options: 
             say(f"The prefixes differ in {name}: {values}. The result has that of {sources[0]}.")
     arguments = {**options, "prefixes": [str(folder) for folder in sources]}
     with completely(output) as folder:
-        result.save(folder)
         # Without one, a prefix is used with the defaults, and so is what is made of it.
         if (sources[0] / TRAINING_FILE).is_file():
             write_training_record(folder, replace(records[0], arguments=arguments, versions=package_versions()))
+        result.save(folder)
     say(
         f"{output} holds a prefix of {result.num_virtual_tokens} virtual tokens in {len(result.attention_modules)} "
         f"attention modules. Use it with: hf-prefix generate --prefix {output}"
