@@ -16,7 +16,7 @@ from hf_prefix.errors import (
     UnsupportedModelError,
 )
 from hf_prefix.model import PrefixModel
-from hf_prefix.operations import fold_prefix, initialize_from_cache, initialize_from_text
+from hf_prefix.operations import fold_prefix, initialize_from_cache, initialize_from_text, set_shared_attention
 from hf_prefix.registration import register_with_peft
 from hf_prefix.row_prefixes import prefix_per_row
 from hf_prefix.serving.hotswap import hotswap_prefix
@@ -42,6 +42,7 @@ __all__ = [
     "initialize_from_cache",
     "initialize_from_text",
     "prefix_per_row",
+    "set_shared_attention",
 ]
 
 register_with_peft()

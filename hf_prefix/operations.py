@@ -16,7 +16,7 @@ from hf_prefix.attention.sites import AttentionSite
 from hf_prefix.attention.stack import PrefixStack
 from hf_prefix.attention.tuner_layer import CHILD_NAME, prefix_layers, prefixes_off
 from hf_prefix.config import PrefixConfig
-from hf_prefix.errors import PrefixError
+from hf_prefix.errors import PrefixError, UnsupportedModelError
 from hf_prefix.initialization import Start, cache_start, checked_start, known_tokens, text_tokens, token_start
 from hf_prefix.prefix.embedding_only import PrefixEmbedding
 from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, SharedPart
@@ -107,6 +107,33 @@ def initialize_from_cache(model: nn.Module, cache: Cache, adapter_name: str = "d
     sites, config = _sites_with(model, adapter_name), _config(model, adapter_name)
     start = checked_start(cache_start(cache, sites), sites, config.num_virtual_tokens)
     _initialize(sites, start, config, adapter_name)
+
+
+def set_shared_attention(model: nn.Module, use: bool | None) -> None:
+    """Choose whether the rows of a batch attend to one copy of the prefix instead of having it in front of their keys.
+
+    The result is the same up to rounding. It concerns calls without gradients in evaluation mode, with the attention
+    implementations "sdpa" and "flex_attention", of modules that attend by scores and a mask alone; all else has the
+    prefix in front of its keys. The choice belongs to the model in memory and is not saved.
+
+    Args:
+        model: The model, wrapped by PEFT or not.
+        use: Always, never, or, the default (None), where it was measured to pay: docs/results/shared_prefix.md.
+
+    Raises:
+        PrefixError: The model has no prefix.
+        UnsupportedModelError: `use` is true and none of its modules can attend so.
+    """
+    layers = [layer for _, layer in prefix_layers(model) if isinstance(layer, PrefixLayer)]
+    if not layers:
+        raise PrefixError("The model has no prefix; attach one first.")
+    if use and not any(layer.shared_copy.is_possible for layer in layers):
+        raise UnsupportedModelError(
+            "No attention module of this model attends by scores and a mask alone, so that its prefix could be "
+            "attended to apart from the other keys; leave set_shared_attention out, which changes no result."
+        )
+    for layer in layers:
+        layer.shared_copy.chosen = use
 
 
 def _initialize(sites: list[AttentionSite], start: Start, config: PrefixConfig, adapter_name: str) -> None:

@@ -19,6 +19,7 @@ from tiny_model import save_with_tokenizer, tiny_llama
 EXAMPLES = Path(__file__).parent.parent / "examples"
 README = EXAMPLES.parent / "README.md"
 TESTED_HERE = {
+    "benchmarks/shared_prefix.py",
     "capabilities.py",
     "compare_initialization.py",
     "compare_with_peft.py",
@@ -177,3 +178,17 @@ def test_a_prefix_and_lora_learn_together(tmp_path: Path) -> None:
     )
     assert start.keys() == end.keys()
     assert all(not torch.allclose(start[name], end[name], atol=1e-3) for name in end)
+
+
+def test_the_benchmark_of_the_shared_copy_measures_both_ways(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    run("benchmarks/shared_prefix.py", "--tiny", "--output", str(results))
+    cells = json.loads(results.read_text(encoding="utf-8"))["cells"]
+    assert [(cell["prefix"], cell["rows"]) for cell in cells[::2]] == [(4, 1), (4, 2), (64, 1), (64, 2)]
+    for front, shared in zip(cells[::2], cells[1::2], strict=True):
+        # Keys and values of four layers with two heads of size 32 in float32.
+        copies = front["rows"] * front["prefix"] * 4 * 2 * 2 * 32 * 4 / 2**20
+        assert abs(front["cache_mib"] - shared["cache_mib"] - copies) < 1e-6
+        assert front["peak_mib"] > shared["peak_mib"] >= shared["cache_mib"] > 0
+    lines = results.with_suffix(".md").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in lines if line.startswith(("| 4 |", "| 64 |"))]) == 4

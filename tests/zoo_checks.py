@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_prefix import PrefixConfig, fold_prefix
+from hf_prefix import PrefixConfig, fold_prefix, set_shared_attention
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.attention.masks import Extent
 from hf_prefix.attention.sites import ENCODER_STATES_ARGUMENTS, forward_parameters, selecting_module, sliding_window
@@ -511,6 +511,14 @@ def _check_backend(subject: Subject, backend: str) -> None:
     model = attach(build(subject.entry, backend), prefix_init="random")
     found = subject.logits(model, subject.inputs)
     assert same(found, subject.prefixed), f"differs by {difference(found, subject.prefixed):.1e}"
+    try:
+        set_shared_attention(model, True)
+    except UnsupportedModelError:
+        return
+    # The first call finds out which modules can share one copy of the prefix.
+    for _ in range(2):
+        found = subject.logits(model, subject.inputs)
+    assert same(found, subject.prefixed), f"one shared copy differs by {difference(found, subject.prefixed):.1e}"
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from hf_prefix.attention.replacement import Replacement
 from hf_prefix.attention.rows import WITHOUT_PREFIX, Rows
 from hf_prefix.attention.selection import KeySelection
 from hf_prefix.attention.sharding import may_be_gathered
+from hf_prefix.attention.shared_copy import SharedCopy
 from hf_prefix.attention.shared_keys import SharedKeys
 from hf_prefix.attention.sites import (
     BIAS_ARGUMENT,
@@ -32,6 +33,7 @@ from hf_prefix.attention.sites import (
     named_arguments,
     place_in_cache,
     rename_cache,
+    sliding_window,
     text_config,
 )
 from hf_prefix.attention.tuner_layer import Arguments, HookResult, PrefixTunerLayer, StackCall
@@ -74,12 +76,14 @@ class PrefixLayer(PrefixTunerLayer):
         self._visibility = Visibility(site, call, self._scrolls, self._is_infix, self._missing)
         self._bias = PositionBias(site, self._length)
         self._shared_keys = SharedKeys(site, self._visibility, self._length, self._learns)
+        self.shared_copy = SharedCopy(site, call, self.prefix_like, self._is_in_front)
         self._inner = inner_attention(site.module)
         if self._inner is None:
             self.add_hook(site.module.register_forward_pre_hook(self.before_attention, with_kwargs=True))
         else:
             self.add_hook(Replacement(site.module, self._inner.method, self.attend_inside))
-        for part in (self._bias, self._shared_keys, KeySelection(self._length), WindowBuffer(self._length)):
+        selection, buffer = KeySelection(self._length), WindowBuffer(self._length)
+        for part in (self._bias, self._shared_keys, self.shared_copy, selection, buffer):
             for handle in part.hook(site.module):
                 self.add_hook(handle)
 
@@ -152,6 +156,8 @@ class PrefixLayer(PrefixTunerLayer):
         hidden_states = new_tokens(module, arguments[forward_parameters(module)[0]])
         cache = self._used_half(arguments.get(self._cache_argument))
         extent = Extent.of(hidden_states, cache, place_in_cache(module, arguments))
+        if self.shared_copy.begin(module, arguments, prefix_length, len(hidden_states), extent):
+            return (), arguments
         if PADDING_ARGUMENT in arguments:
             merge_padding(arguments, self._mask_argument)
         if self._is_infix():
@@ -167,6 +173,7 @@ class PrefixLayer(PrefixTunerLayer):
         arguments[self._cache_argument] = replace_cache(
             self._given_cache(arguments), self._cross_attention, self._view
         )
+        self.shared_copy.look_on(module, arguments[self._mask_argument])
         return (), arguments
 
     def attend_inside(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,6 +249,11 @@ class PrefixLayer(PrefixTunerLayer):
         # The stack sees to it that all active ones agree.
         return any(self.hf_prefix_infix[name] for name in self.active_names(self.hf_prefix_encoder))
 
+    def _is_in_front(self) -> bool:
+        """Whether all rows have the same prefix, in front of all tokens and seen by all."""
+        scrolls = self._scrolls() and sliding_window(self._site_module[0]) is not None
+        return not (scrolls or self._is_infix()) and self._mixed_rows() is None
+
     def _scrolls(self) -> bool:
         choices = {self.hf_prefix_scrolls[name] for name in self.active_names(self.hf_prefix_encoder)}
         if len(choices) > 1:
@@ -266,7 +278,7 @@ class PrefixLayer(PrefixTunerLayer):
 
     def _view(self, cache: Cache | None) -> CacheView:
         view = PrefixedCache(cache, self._prefix_at, self._cross_attention)
-        return view if self._order is None else OrderedView(view, self._order)
+        return self.shared_copy.observed(view if self._order is None else OrderedView(view, self._order))
 
     def _prefix_at(self, like: Tensor, place: int | None) -> KeyValuePrefix:
         """Return the part of the prefix that belongs to one place of the cache."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_prefix.config import Role
 from hf_prefix.errors import UnsupportedCallError, UnsupportedModelError
@@ -39,6 +41,8 @@ _PASS_ARGUMENTS = ("cycle_offset", "cache_offset")
 _PAST_LENGTH_ARGUMENTS = ("past_key_values_length", "cache_length")
 _LANGUAGES_ARGUMENT = "langs"
 _ROTATIONS_ARGUMENT = "sinusoidal_pos"
+# Learned biases, a limit for scores, attention sinks, and from transformers 5.23 on the pages of continuous batching.
+_MORE_THAN_SCORES = (BIAS_ARGUMENT, "softcap", "s_aux", "cache")
 STACK_INPUT_ARGUMENTS = ("input_ids", "inputs_embeds")
 
 
@@ -161,6 +165,14 @@ class AttentionSite:
         told = BIAS_ARGUMENT in names and not hands_bias_on(self.module)
         learned = self.bias_owner is not None or computes_own_bias(self.module)
         return learned or told or self.slopes is not None or self.counts_keys
+
+    @property
+    def attends_by_scores_alone(self) -> bool:
+        """Whether nothing but the scores of queries and keys, and a mask, decides what the module attends to."""
+        told = self.has_relative_positions or self.mask_slopes is not None or self.hides_with_true
+        shared = bool(self.readers) or len(self.places) > 1 or self.mask_argument == MERGED_MASK_ARGUMENT
+        parts = (selecting_module, compressing_module, window_buffer)
+        return not (told or shared or self.needs_cache or any(part(self.module) is not None for part in parts))
 
     @property
     def model_size(self) -> int:
@@ -338,6 +350,25 @@ def is_causal(module: nn.Module) -> bool:
 def attention_backend(module: nn.Module) -> str:
     """Return the name of the attention implementation, for example "eager" or "sdpa"."""
     return str(getattr(getattr(module, "config", None), "_attn_implementation", "eager"))
+
+
+def registered_attention(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the attention function that a module looks up by name at each call; None if it is not one we can replace.
+
+    Those are transformers' own for SDPA and FlexAttention, unless the module has a table with another of that name.
+    """
+    table = inspect.unwrap(type(module).forward).__globals__.get("ALL_ATTENTION_FUNCTIONS", {})
+    found: Callable[..., Any] | None = table.get(attention_backend(module))
+    return found if found is sdpa_attention_forward or found is flex_attention_forward else None
+
+
+def asks_for_more_than_scores(arguments: dict[str, Any]) -> bool:
+    """Whether an attention function is asked for what goes beyond scores of queries and keys, and a mask.
+
+    Args:
+        arguments: Its further arguments, by name.
+    """
+    return bool(arguments.get("dropout")) or any(arguments.get(name) is not None for name in _MORE_THAN_SCORES)
 
 
 def position_table(stack: nn.Module) -> nn.Embedding | None:
