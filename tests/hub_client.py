@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import peft as integration
 
 from adapters import BART, GPT2, logits, prefix_config
@@ -107,7 +107,18 @@ def _train(folder: Path) -> dict[str, Tensor]:
     trainer = Trainer(model, arguments, train_dataset=[{"input_ids": text, "labels": text}])
     trainer.train()
     trainer.save_model()
+    _check_refused_base(folder, arguments)
     return found | {"end": logits(model.eval())}
+
+
+def _check_refused_base(folder: Path, arguments: TrainingArguments) -> None:
+    """Check that the Hub refuses the card that `Trainer` writes for a base model that lies in a folder."""
+    bart().save_pretrained(folder / "base")
+    base = AutoModelForSeq2SeqLM.from_pretrained(folder / "base")
+    arguments.output_dir, arguments.hub_model_id = str(folder / "of-a-folder"), "me/of-a-folder"
+    trainer = Trainer(get_peft_model(base, prefix_config(BART)), arguments)
+    with pytest.raises(ValueError, match=r'Invalid metadata in README\.md\.\s+- "base_model" with value'):
+        trainer.push_to_hub()
 
 
 def _push_by_command(folder: Path) -> dict[str, Tensor]:
