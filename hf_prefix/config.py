@@ -3,7 +3,8 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
@@ -13,6 +14,7 @@ from hf_prefix.peft_type import PrefixPeftType
 from hf_prefix.sharing.export import check_format, export_weights, is_checkpoint
 from hf_prefix.sharing.fingerprint import BaseFingerprint
 from hf_prefix.sharing.folding import AttentionModule
+from hf_prefix.sharing.model_card import write_card
 
 Role = Literal["encoder", "decoder", "cross"]
 """Where a prefix acts: encoder self-attention, decoder self-attention (the only one of a decoder-only model),
@@ -159,7 +161,8 @@ class PrefixConfig(PeftConfig):
         """Save as `adapter_config.json`, marked as belonging to saved weights.
 
         PEFT calls this when it has saved the weights. Unless the folder is a training checkpoint, they are made fit to
-        be shared then: the projection is folded if it is not to be kept, and the configuration says so.
+        be shared then: the projection is folded if it is not to be kept, and the configuration says so. The model card
+        is written last.
 
         Args:
             save_directory: Target folder, created if missing.
@@ -174,6 +177,9 @@ class PrefixConfig(PeftConfig):
         if not self._weights_follow and saved._export(save_directory):
             saved.describe_folded()
         super(PrefixConfig, saved).save_pretrained(save_directory, **kwargs)
+        if not self._weights_follow:
+            defaults = {option.name: option.default for option in fields(saved)}
+            write_card(Path(save_directory), saved.to_dict(), defaults, is_checkpoint(save_directory))
 
     @contextmanager
     def before_its_weights(self) -> Iterator[None]:

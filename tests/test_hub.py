@@ -136,6 +136,10 @@ def test_the_command_pushes_the_files_of_a_prefix_only(round_trip: Round) -> Non
     assert record["model"] == "me/gpt2"
     # A folder of the machine, unlike the name of the model.
     assert record["arguments"]["data"] is None
+    card = store.read("me/by-command", "README.md").decode()
+    assert "\nbase_model: me/gpt2\n" in card
+    # The folder's own, with what metrics.json told, which is not pushed.
+    assert "| loss | " in card
     # The checkpoint has no record, so that of the other prefix is gone in its branch.
     assert set(store.files("me/by-command", "projected")) == PREFIX_FILES | {".gitattributes"}
     assert store.history("me/by-command", "projected")[-1]["title"] == "With the MLP"

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from adapters import BART, LLAMA, attach, prefix_parameters
 from hf_prefix import DataError, PrefixConfig, TrainingError
 from hf_prefix.metrics import corpus_bleu
+from hf_prefix.sharing.training_report import FACTS_FILE
 from hf_prefix.training import (
     PAPER_RECIPES,
     DecodingSettings,
@@ -25,7 +26,7 @@ from hf_prefix.training import (
     generate_texts,
     paper_arguments,
 )
-from hf_prefix.training.facts import FACTS_FILE, changed_arguments
+from hf_prefix.training.facts import changed_arguments
 from quiet_run import training_arguments
 from tiny_model import tiny_bart, tiny_llama, tiny_tokenizer
 

@@ -10,10 +10,11 @@ import typer
 from hf_prefix import sharing
 from hf_prefix.cli.console import say
 from hf_prefix.cli.loading import read_prefix_config
-from hf_prefix.cli.run_files import TRAINING_FILE, completely, read_training_record, write_training_record
+from hf_prefix.cli.run_files import completely, read_training_record, write_training_record
 from hf_prefix.errors import PrefixError
 from hf_prefix.sharing import SavedPrefix
 from hf_prefix.sharing.composition import Keep
+from hf_prefix.sharing.training_report import TRAINING_FILE
 from hf_prefix.versions import package_versions
 
 CONCATENATE_EXAMPLES = """Example:
@@ -132,7 +133,7 @@ def _write(result: SavedPrefix, output: Path, sources: Sequence[Path], options: 
             say(f"The prefixes differ in {name}: {values}. The result has that of {sources[0]}.")
     arguments = {**options, "prefixes": [str(folder) for folder in sources]}
     with completely(output) as folder:
-        # Without one, a prefix is used with the defaults, and so is what is made of it.
+        # Without one, a prefix is used with the defaults, and so is what is made of it. First, for the model card.
         if (sources[0] / TRAINING_FILE).is_file():
             write_training_record(folder, replace(records[0], arguments=arguments, versions=package_versions()))
         result.save(folder)

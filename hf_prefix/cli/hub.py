@@ -18,14 +18,13 @@ from torch import Tensor
 
 from hf_prefix.cli.console import one_line
 from hf_prefix.cli.loading import read_prefix_config
-from hf_prefix.cli.run_files import TRAINING_FILE, read_training_record
+from hf_prefix.cli.run_files import read_training_record
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError, PrefixMismatchError
 from hf_prefix.sharing.checkpoint import SAVED_PREFIX, TRUNK_PART, check_fits, check_numbers
 from hf_prefix.sharing.folding import folded_shapes
-from hf_prefix.training.facts import FACTS_FILE
-
-CARD_FILE = "README.md"
+from hf_prefix.sharing.model_card import CARD_FILE
+from hf_prefix.sharing.training_report import FACTS_FILE, TRAINING_FILE
 
 PREFIX_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_FILE, FACTS_FILE, TRAINING_FILE)
 """What is pushed and pulled: numbers and texts. Never pickles, states of optimizers, or what tells of a machine."""

@@ -13,13 +13,9 @@ from typing import Any
 from peft import PeftModel
 
 from hf_prefix.errors import PrefixError
+from hf_prefix.sharing.model_card import CARD_FILE
+from hf_prefix.sharing.training_report import METRICS_FILE, TRAINING_FILE
 from hf_prefix.training.curves import plot_history
-
-TRAINING_FILE = "training.json"
-"""What the run was asked for: base model, prompt, arguments, versions."""
-
-METRICS_FILE = "metrics.json"
-"""What came out: losses, dev metrics, steps, time; and the command, seed and versions that it came from."""
 
 CURVE_FILE = "curve.png"
 """The losses and dev metrics as a picture."""
@@ -101,10 +97,11 @@ def write_prefix_folder(
         history: What the trainer logged.
     """
     with completely(folder) as temporary:
-        # Whether to save embeddings is not left to PEFT, which would ask the Hub about the base model's vocabulary.
-        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        # First, because the model card is made of them.
         write_training_record(temporary, training)
         _write_json(temporary / METRICS_FILE, metrics)
+        # Whether to save embeddings is not left to PEFT, which would ask the Hub about the base model's vocabulary.
+        model.save_pretrained(str(temporary), save_embedding_layers=False)
         plot_history(history, temporary / CURVE_FILE)
 
 
@@ -123,7 +120,7 @@ def completely(folder: Path) -> Iterator[Path]:
     """Let a folder be written completely or not at all.
 
     Everything is written to a folder beside the target first. A new target appears by one rename; in an existing
-    one each file is replaced by one rename, and other files stay.
+    one each file is replaced by one rename, and other files stay, as does what a user wrote into the model card.
 
     Args:
         folder: The target.
@@ -135,6 +132,9 @@ def completely(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        # The model card is brought up to date, since it holds what a user wrote.
+        if (folder / CARD_FILE).is_file():
+            shutil.copyfile(folder / CARD_FILE, temporary / CARD_FILE)
         yield temporary
         _move_into_place(temporary, folder)
     finally:

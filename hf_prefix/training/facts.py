@@ -9,10 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from hf_prefix.sharing.training_report import FACTS_FILE
 from hf_prefix.versions import package_versions
-
-FACTS_FILE = "training_facts.json"
-"""Name of the file beside a saved prefix."""
 
 _PRIVATE = ("dir", "hub", "token", "run_name", "resume_from_checkpoint", "deepspeed", "fsdp")
 """Parts of the names of arguments that tell of a machine or an account and not of the result."""

@@ -1,6 +1,7 @@
 """A thin `transformers.Trainer`: the paper's loss, logits only where there are labels, evaluation by texts."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_prefix.errors import TrainingError
+from hf_prefix.sharing.model_card import keeping_text
 from hf_prefix.training.base_dropout import BaseDropoutOff
 from hf_prefix.training.divergence import FiniteGradients
 from hf_prefix.training.facts import training_facts, write_facts
@@ -213,7 +215,11 @@ class PrefixTrainer(Trainer):
 
     def facts(self) -> dict[str, Any]:
         """Return what a model card needs to know of the training; see `training_facts`."""
-        prefix_facts = {"loss_reduction": self.loss_reduction, "base_dropout": not self._switches_dropout_off()}
+        prefix_facts = {
+            "loss_reduction": self.loss_reduction,
+            "base_dropout": not self._switches_dropout_off(),
+            "decoding": None if self.decoding is None else asdict(self.decoding),
+        }
         return training_facts(self) | prefix_facts
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -228,6 +234,17 @@ class PrefixTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             write_facts(self.facts(), folder)
         super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Add to the model card as `Trainer.create_model_card` does, but keep what a saved prefix's card says.
+
+        Args:
+            *args: Those of `Trainer.create_model_card`.
+            **kwargs: Those of `Trainer.create_model_card`.
+        """
+        if self.is_world_process_zero():
+            with keeping_text(Path(self.args.output_dir)):
+                super().create_model_card(*args, **kwargs)
 
     def _get_num_items_in_batch(
         self, batch_samples: Sequence[dict[str, Any]], device: torch.device
