@@ -232,24 +232,24 @@ def test_concatenated_infixes_are_the_active_list(tmp_path: Path) -> None:
         assert torch.equal(both(input_ids=words).logits, model(input_ids=words).logits)
 
 
-@pytest.mark.parametrize(("weights", "shares"), [(None, (0.5, 0.5)), ([1, 3], (0.25, 0.75)), ([2, -1], (2, -1))])
+@pytest.mark.parametrize(
+    ("family", "weights", "shares"),
+    [*((family, None, (0.5, 0.5)) for family in SEVERAL), (LLAMA, [1, 3], (0.25, 0.75)), (LLAMA, [2, -1], (2, -1))],
+    ids=lambda value: value.name if isinstance(value, Family) else str(value),
+)
 def test_an_average_is_the_weighted_mean(
-    some_family: Family, weights: list[float] | None, shares: tuple[float, float], tmp_path: Path
+    family: Family, weights: list[float] | None, shares: tuple[float, float], tmp_path: Path
 ) -> None:
-    model = with_two(some_family, (3, 3))
+    model = with_two(family, (3, 3))
     found = average(saved(model, tmp_path), weights)
     a, b = key_values(model, "a"), key_values(model, "b")
-    model.add_adapter("mean", config(some_family, 3))
-    write(
-        model,
-        "mean",
-        {
-            site: tuple(shares[0] * one + shares[1] * two for one, two in zip(a[site], b[site], strict=True))
-            for site in a
-        },
-    )
+    model.add_adapter("mean", config(family, 3))
+    mean = {
+        site: tuple(shares[0] * one + shares[1] * two for one, two in zip(a[site], b[site], strict=True)) for site in a
+    }
+    write(model, "mean", mean)
     model.set_adapter("mean")
-    assert_close(logits(loaded(found, some_family, tmp_path / "mean")), logits(model))
+    assert_close(logits(loaded(found, family, tmp_path / "mean")), logits(model))
 
 
 def test_an_average_of_one_prefix_is_that_prefix(tmp_path: Path) -> None:
