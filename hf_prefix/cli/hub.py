@@ -22,8 +22,8 @@ from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError, PrefixMismatchError
 from hf_prefix.sharing.checkpoint import SAVED_PREFIX, TRUNK_PART, check_fits, check_numbers
 from hf_prefix.sharing.folding import folded_shapes
-from hf_prefix.sharing.paths import is_on_the_hub, without_folders
 from hf_prefix.sharing.model_card import CARD_FILE
+from hf_prefix.sharing.paths import is_on_the_hub, without_folders
 from hf_prefix.sharing.training_report import FACTS_FILE, TRAINING_FILE
 
 PREFIX_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_FILE, FACTS_FILE, TRAINING_FILE)
