@@ -1,5 +1,6 @@
 """Every file in examples/ runs, and this file knows each of them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 from packaging.version import Version
 from peft import get_peft_model, get_peft_model_state_dict
@@ -20,6 +22,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 README = EXAMPLES.parent / "README.md"
 TESTED_HERE = {
     "benchmarks/shared_prefix.py",
+    "benchmarks/many_prefixes.py",
     "capabilities.py",
     "compare_initialization.py",
     "compare_with_peft.py",
@@ -192,3 +195,24 @@ def test_the_benchmark_of_the_shared_copy_measures_both_ways(tmp_path: Path) -> 
         assert front["peak_mib"] > shared["peak_mib"] >= shared["cache_mib"] > 0
     lines = results.with_suffix(".md").read_text(encoding="utf-8").splitlines()
     assert len([line for line in lines if line.startswith(("| 4 |", "| 64 |"))]) == 4
+
+
+def test_the_benchmark_of_many_prefixes_writes_figures_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ["--prefixes", "16", "--with-peft", "8", "--tokens", "2", "--length", "4", "--new-tokens", "2"]
+    page = run(
+        "benchmarks/many_prefixes.py", "--model", "tiny", *sizes, "--rounds", "1", "--output", str(tmp_path / "found")
+    )
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert page.strip() == (tmp_path / "found.md").read_text(encoding="utf-8").strip()
+    assert (found["pool"]["load"]["count"], found["peft"]["count"]) == (16, 8)
+    # Keys and values of two tokens in two layers with three heads of eight float32 numbers.
+    assert found["pool"]["bytes"]["tensors"] == 2 * 2 * 2 * 3 * 8 * 4
+    assert found["pool"]["load"]["seconds"] > 0
+    committed = EXAMPLES.parent / "docs" / "results" / "many_prefixes"
+    kept = json.loads(committed.with_suffix(".json").read_text(encoding="utf-8"))
+    for part in ("", "pool", "peft", "small_pool", "batches"):
+        assert (kept[part] if part else kept).keys() == (found[part] if part else found).keys()
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    assert importlib.import_module("many_prefixes").render(kept) == committed.with_suffix(".md").read_text("utf-8")

@@ -1,6 +1,8 @@
 """What a further prefix costs on a model that carries some, and that none is mistaken for another."""
 
 import copy
+import cProfile
+import pstats
 import weakref
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,18 @@ def _state(model: PeftModel) -> dict[str, Any]:
         "buffers": [name for name, _ in model.named_buffers()],
         "targets": model.base_model.targeted_module_names,
     }
+
+
+def test_attaching_one_takes_no_longer_with_many(tmp_path: Path) -> None:
+    # Counted in calls of functions, which are the same on every machine.
+    files = AdapterFiles.read(saved(tmp_path / "first"))
+    model = loaded(str(tmp_path / "first"))
+    counts = []
+    for number in range(40):
+        with cProfile.Profile() as profile:
+            model.base_model.attach_saved(f"user{number}", copy.deepcopy(files.config), files.tensors)
+        counts.append(pstats.Stats(profile).total_calls)
+    assert max(counts[-5:]) < 1.05 * min(counts[5:10])
 
 
 def test_a_prefix_in_more_layers_than_those_before(tmp_path: Path) -> None:
