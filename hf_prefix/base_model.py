@@ -26,7 +26,7 @@ def note_base(config: PrefixConfig, model: PreTrainedModel, sites: list[Attentio
     Raises:
         PrefixMismatchError: The prefix was trained on another base, and `allow_other_base` is not set.
     """
-    found = fingerprint(model, _looked_at(model, sites), dict(Counter(site.role for site in sites)))
+    found = fingerprint(model, looked_at(model, sites), dict(Counter(site.role for site in sites)))
     for name, reason in found["unread"].items():
         _logger.info("The base model is not compared by %s: %s.", name or "its weights", reason)
     saved = config.base_fingerprint
@@ -38,8 +38,13 @@ def note_base(config: PrefixConfig, model: PreTrainedModel, sites: list[Attentio
         raise PrefixMismatchError(_message(config, model, saved, found, lines))
 
 
-def _looked_at(model: PreTrainedModel, sites: list[AttentionSite]) -> dict[str, nn.Module]:
-    """Return the embedding, and the first and last attention module."""
+def looked_at(model: PreTrainedModel, sites: list[AttentionSite]) -> dict[str, nn.Module]:
+    """Return the modules that a prefix is told its base by: the embedding, the first and last attention module.
+
+    Args:
+        model: The base model.
+        sites: Its attention modules.
+    """
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:

@@ -21,6 +21,10 @@ class PrefixFileError(PrefixError):
     """The files of a saved prefix are malformed, damaged, unsafe, or of a later format."""
 
 
+class ConversionError(PrefixError):
+    """A prefix cannot be converted, because the other format cannot hold it, or holds what a prefix here cannot be."""
+
+
 class PrefixNotLoadedError(PrefixError):
     """A prefix was attached from a saved configuration, but its weights were never loaded."""
 
