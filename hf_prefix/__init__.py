@@ -5,6 +5,7 @@ Importing the package registers the method with PEFT and changes nothing else.
 
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import (
+    ConversionError,
     DataError,
     DivergenceError,
     PrefixError,
@@ -25,6 +26,7 @@ from hf_prefix.serving.pool import PrefixPool
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConversionError",
     "DataError",
     "DivergenceError",
     "PrefixConfig",
