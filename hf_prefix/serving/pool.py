@@ -70,7 +70,8 @@ class PrefixPool:
     def ready(self, names: Iterable[str]) -> list[str]:
         """Bring prefixes onto the device, all at once, and return their names, for `adapter_names`.
 
-        Nothing moves unless all of them can be there together.
+        Nothing moves unless all of them can be read and have room together. Weights that do not fit the model are
+        found when their turn comes: those before them are on the device then, and others have left.
 
         Args:
             names: Names of registered prefixes, one per row say; repeated ones count once, and `"__base__"`, a row
