@@ -110,6 +110,7 @@ def test_each_command_is_its_function(
 
 def test_other_commands_take_the_result(folders: list[Path], tmp_path: Path) -> None:
     assert run("concatenate", *folders, "--output", tmp_path / "both").exit_code == 0
+    assert "it was made of the prefixes `a`, `b`" in (tmp_path / "both" / "README.md").read_text()
     assert "virtual tokens: 6" in " ".join(run("inspect", tmp_path / "both").stdout.split())
     written = run("generate", "--prefix", tmp_path / "both", "--max-new-tokens", 3, "Aromi")
     assert written.exit_code == 0, written.output

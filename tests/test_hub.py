@@ -134,8 +134,8 @@ def test_the_command_pushes_the_files_of_a_prefix_only(round_trip: Round) -> Non
     assert set(store.files("me/by-command", "main")) == PREFIX_FILES | {".gitattributes", "training.json"}
     record = json.loads(store.read("me/by-command", "training.json"))
     assert record["model"] == "me/gpt2"
-    # A folder of the machine, unlike the name of the model.
-    assert record["arguments"]["data"] is None
+    # Without the folder of the machine.
+    assert record["arguments"]["data"] == "pairs.jsonl"
     card = store.read("me/by-command", "README.md").decode()
     assert "\nbase_model: me/gpt2\n" in card
     # The folder's own, with what metrics.json told, which is not pushed.

@@ -7,8 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Any
+from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -24,6 +23,7 @@ from hf_prefix.errors import PrefixError, PrefixMismatchError
 from hf_prefix.sharing.checkpoint import SAVED_PREFIX, TRUNK_PART, check_fits, check_numbers
 from hf_prefix.sharing.folding import folded_shapes
 from hf_prefix.sharing.model_card import CARD_FILE
+from hf_prefix.sharing.paths import is_on_the_hub, without_folders
 from hf_prefix.sharing.training_report import FACTS_FILE, TRAINING_FILE
 
 PREFIX_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_FILE, FACTS_FILE, TRAINING_FILE)
@@ -70,8 +70,9 @@ def push_prefix(
         PrefixError: The folder holds no prefix that can be used, the repository is public although it must be private,
             or the Hub refuses.
     """
-    with tempfile.TemporaryDirectory(prefix="prefix-") as temporary:
-        staged = Path(temporary)
+    with tempfile.TemporaryDirectory() as temporary:
+        staged = Path(temporary) / "prefix"
+        staged.mkdir()
         _stage(folder, staged)
         with _readable_errors(f"{folder} could not be pushed to {repo}"):
             api = HfApi()
@@ -164,8 +165,8 @@ def names_a_place(config: PrefixConfig) -> bool:
     Args:
         config: The configuration.
     """
-    name = config.base_model_name_or_path or ""
-    return _is_a_place(name) or Path(name).is_dir()
+    name = config.base_model_name_or_path
+    return bool(name) and not is_on_the_hub(name)
 
 
 def _check_tensors(saved: Mapping[str, Tensor], config: PrefixConfig) -> None:
@@ -185,7 +186,7 @@ def _check_tensors(saved: Mapping[str, Tensor], config: PrefixConfig) -> None:
 
 
 def _stage(folder: Path, staged: Path) -> None:
-    """Copy what is pushed, as an export and without places on this machine."""
+    """Copy what is pushed, as an export and without folders of this machine."""
     config = check_prefix(folder)
     for name in PREFIX_FILES:
         if (folder / name).is_file():
@@ -197,19 +198,7 @@ def _stage(folder: Path, staged: Path) -> None:
     record = staged / TRAINING_FILE
     if record.is_file():
         values = json.loads(record.read_text(encoding="utf-8"))
-        record.write_text(json.dumps(_without_places(values), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _without_places(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return JSON values with None for what names a place on this machine."""
-    return {
-        name: _without_places(value) if isinstance(value, dict) else None if _is_a_place(value) else value
-        for name, value in values.items()
-    }
-
-
-def _is_a_place(value: Any) -> bool:
-    return isinstance(value, str) and (PurePath(value).is_absolute() or value.startswith(("~", "./", "../")))
+        record.write_text(json.dumps(without_folders(values), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
