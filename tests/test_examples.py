@@ -187,14 +187,17 @@ def test_the_benchmark_of_the_shared_copy_measures_both_ways(tmp_path: Path) -> 
     results = tmp_path / "results.json"
     run("benchmarks/shared_prefix.py", "--tiny", "--output", str(results))
     cells = json.loads(results.read_text(encoding="utf-8"))["cells"]
-    assert [(cell["prefix"], cell["rows"]) for cell in cells[::2]] == [(4, 1), (4, 2), (64, 1), (64, 2)]
+    cases = [(cell["prefix"], cell["rows"], cell["prefixes"]) for cell in cells[::2]]
+    assert cases == [(4, 1, 1), (4, 2, 1), (64, 1, 1), (64, 2, 1), (4, 3, 2)]
     for front, shared in zip(cells[::2], cells[1::2], strict=True):
         # Keys and values of four layers with two heads of size 32 in float32.
         copies = front["rows"] * front["prefix"] * 4 * 2 * 2 * 32 * 4 / 2**20
         assert abs(front["cache_mib"] - shared["cache_mib"] - copies) < 1e-6
         assert front["peak_mib"] > shared["peak_mib"] >= shared["cache_mib"] > 0
     lines = results.with_suffix(".md").read_text(encoding="utf-8").splitlines()
-    assert len([line for line in lines if line.startswith(("| 4 |", "| 64 |"))]) == 4
+    assert len([line for line in lines if line.startswith(("| 4 |", "| 64 |"))]) == 5
+    committed = json.loads((EXAMPLES.parent / "docs" / "results" / "shared_prefix.json").read_text(encoding="utf-8"))
+    assert committed["cells"][0].keys() == cells[0].keys()
 
 
 def test_the_benchmark_of_many_prefixes_writes_figures_and_page(

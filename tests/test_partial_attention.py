@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from hf_prefix.attention.partial_attention import Part, attend_by_blocks, attend_to_prefix, attend_to_tokens
+from hf_prefix.attention.partial_attention import (
+    Part,
+    RowGroup,
+    attend_by_blocks,
+    attend_to_prefix,
+    attend_to_prefixes,
+    attend_to_tokens,
+)
+from hf_prefix.prefix.key_value import KeyValuePrefix
 
 ROWS, HEADS, KV_HEADS, SIZE, PREFIX = 3, 4, 2, 8, 11
 WITHOUT_CUDA = "needs a CUDA GPU, and torch sees none here"
@@ -38,9 +46,10 @@ def wanted(tensors: list[Tensor], visible: Tensor, bias: Tensor | None = None) -
     keys = torch.cat([prefix_key.expand(ROWS, -1, -1, -1), key], dim=2).repeat_interleave(HEADS // KV_HEADS, dim=1)
     values = torch.cat([prefix_value.expand(ROWS, -1, -1, -1), value], dim=2)
     scores = query @ keys.transpose(-1, -2) * 0.3
+    of_tokens = scores[..., prefix_key.shape[-2] :]
     if bias is not None:
-        scores[..., PREFIX:] += bias
-    scores[..., PREFIX:] = scores[..., PREFIX:].masked_fill(~visible, -torch.inf)
+        of_tokens += bias
+    of_tokens.masked_fill_(~visible, -torch.inf)
     return scores.softmax(dim=-1) @ values.repeat_interleave(HEADS // KV_HEADS, dim=1)
 
 
@@ -102,6 +111,22 @@ def test_other_types(dtype: torch.dtype, tolerance: float) -> None:
     found = merged(tensors, padding(7).expand(-1, -1, 4, -1))
     assert found.dtype == dtype
     check(found, wanted(tensors, padding(7)), tolerance)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_rows_with_prefixes_of_their_own(queries: int) -> None:
+    """Prefixes of different lengths, and a row that has none; where it sees no token either, it gets zeros."""
+    tensors = states(queries, 7)
+    query, key, value, prefix_key, prefix_value = tensors
+    visible = padding(7).expand(-1, -1, queries, -1).clone()
+    visible[1, :, 0] = False
+    short, whole = KeyValuePrefix(prefix_key[:, -4:], prefix_value[:, -4:]), KeyValuePrefix(prefix_key, prefix_value)
+    groups = [RowGroup(torch.tensor([2]), short), RowGroup(torch.tensor([0]), whole)]
+    found = attend_to_tokens(query, key, value, visible, False, 0.3).merged(attend_to_prefixes(query, groups, 0.3))
+    check(found[:1], wanted(tensors, visible)[:1])
+    check(found[2:], wanted([*tensors[:3], short.key, short.value], visible)[2:])
+    alone = wanted([*tensors[:3], prefix_key[:, :0], prefix_value[:, :0]], visible)[1:2]
+    check(found[1:2], alone.nan_to_num(0))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")

@@ -6,8 +6,9 @@ Writes the JSON file and a page of the same name beside it. The model is a rando
 does not matter. Both ways take turns in every round, and what is compared are medians.
 
 Memory is what the tensors hold that exist at the same time, at most: a dispatch mode counts the bytes of every storage
-that an operation makes and takes them off when it is freed. Weights and the prefix's parameters are there in both
-ways and not counted; what kernels take inside is not seen.
+that an operation makes and takes them off when it is freed. Not counted are weights and the prefix's parameters, which
+are there in both ways, and what is prepared once and kept: in front, a copy for each row where prefixes differ. What
+kernels take inside is not seen.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import statistics
 import time
 import weakref
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_prefix import PrefixConfig, set_shared_attention
+from hf_prefix import PrefixConfig, prefix_per_row, set_shared_attention
 from hf_prefix.versions import package_versions
 
 SIZES = {
@@ -50,6 +52,7 @@ class Plan:
         prompt: Tokens of each row's prompt.
         steps: Decoding steps in a round.
         rounds: Rounds; the first one warms up and does not count.
+        mixed: Batches whose rows have different prefixes of one length: that length, rows, different prefixes.
     """
 
     prefixes: tuple[int, ...] = (10, 32, 128, 1024, 4096)
@@ -57,9 +60,13 @@ class Plan:
     prompt: int = 32
     steps: int = 8
     rounds: int = 6
+    mixed: tuple[tuple[int, int, int], ...] = (
+        *((128, 32, prefixes) for prefixes in (2, 4, 8, 32)),
+        *((1024, 32, prefixes) for prefixes in (2, 4, 8, 32)),
+    )
 
 
-TINY = Plan(prefixes=(4, 64), batches=(1, 2), prompt=4, steps=2, rounds=2)
+TINY = Plan(prefixes=(4, 64), batches=(1, 2), prompt=4, steps=2, rounds=2, mixed=((4, 3, 2),))
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Cell:
     Args:
         prefix: Number of virtual tokens.
         rows: Number of rows.
+        prefixes: Number of different prefixes that they have.
         way: How the prefix is attended to.
         prompt_ms: Milliseconds for the prompt, median of the rounds.
         step_ms: Milliseconds for one decoding step of all rows, median of all steps.
@@ -78,6 +86,7 @@ class Cell:
 
     prefix: int
     rows: int
+    prefixes: int
     way: str
     prompt_ms: float
     step_ms: float
@@ -125,13 +134,21 @@ def _tensors(found: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def build(prefix_length: int) -> PeftModel:
-    """Return a model with a random prefix."""
+def build(prefix_length: int, prefixes: int = 1) -> PeftModel:
+    """Return a model with random prefixes, whose names are numbers."""
     torch.manual_seed(0)
-    config = PrefixConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix_length, prefix_init="random")
     base = LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=8192))
     base.set_attn_implementation("sdpa")
-    return get_peft_model(base, config).eval()
+    configs = [
+        PrefixConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=prefix_length, prefix_init="random", prefix_init_seed=seed
+        )
+        for seed in range(prefixes)
+    ]
+    model = get_peft_model(base, configs[0], adapter_name="0")
+    for seed, config in enumerate(configs[1:], start=1):
+        model.add_adapter(str(seed), config)
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -148,8 +165,17 @@ def decode(model: PeftModel, rows: int, plan: Plan) -> tuple[float, list[float],
     return taken[0], taken[1:], cache
 
 
-def measure(model: PeftModel, prefix_length: int, rows: int, plan: Plan) -> list[Cell]:
+def measure(prefix_length: int, rows: int, prefixes: int, plan: Plan) -> list[Cell]:
     """Return what both ways take."""
+    model = build(prefix_length, prefixes)
+    # All rows have the same prefix, the active one, or each of the prefixes has its share of the rows.
+    names = [str(row % prefixes) for row in range(rows)]
+    with nullcontext() if prefixes == 1 else prefix_per_row(model, names):
+        return _measured(model, (prefix_length, rows, prefixes), plan)
+
+
+def _measured(model: PeftModel, case: tuple[int, int, int], plan: Plan) -> list[Cell]:
+    _, rows, _ = case
     prompts: dict[str, list[float]] = {way: [] for way in WAYS}
     steps: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(plan.rounds):
@@ -167,7 +193,7 @@ def measure(model: PeftModel, prefix_length: int, rows: int, plan: Plan) -> list
         held = {_place(keys): keys.untyped_storage().nbytes() for layer in cache.layers for keys in _states(layer)}
         times = statistics.median(prompts[way]), statistics.median(steps[way])
         sizes = memory.peak / MEBIBYTE, sum(held.values()) / MEBIBYTE
-        cells.append(Cell(prefix_length, rows, way, *times, *sizes))
+        cells.append(Cell(*case, way, *times, *sizes))
     return cells
 
 
@@ -186,16 +212,17 @@ def render(cells: list[Cell], plan: Plan) -> str:
         f"{plan.prompt} tokens, {plan.steps} decoding steps, {plan.rounds - 1} rounds in which both ways take turns; "
         "medians. Written by `examples/benchmarks/shared_prefix.py`, which says how memory is counted.",
         "",
-        "*In front*: the prefix is put in front of each row's keys. *Shared*: all rows attend to one copy. The ratio "
-        "is in front / shared, so that above 1 the shared copy is better.",
+        "*In front*: the prefix is put in front of each row's keys. *Shared*: all rows with the same prefix attend to "
+        "one copy. The ratio is in front / shared, so that above 1 the shared copy is better. *Different* is how many "
+        "different prefixes the rows have, each the same number of rows.",
         "",
-        "| prefix | rows | step, in front | step, shared | ratio | prompt, in front | prompt, shared | ratio "
-        "| peak, in front | peak, shared | cache, in front | cache, shared |",
-        "|---" * 12 + "|",
+        "| prefix | rows | different | step, in front | step, shared | ratio | prompt, in front | prompt, shared "
+        "| ratio | peak, in front | peak, shared | cache, in front | cache, shared |",
+        "|---" * 13 + "|",
     ]
     for front, shared in zip(cells[::2], cells[1::2], strict=True):
         lines.append(
-            f"| {front.prefix} | {front.rows} | {front.step_ms:.2f} ms | {shared.step_ms:.2f} ms "
+            f"| {front.prefix} | {front.rows} | {front.prefixes} | {front.step_ms:.2f} ms | {shared.step_ms:.2f} ms "
             f"| {front.step_ms / shared.step_ms:.2f} | {front.prompt_ms:.1f} ms | {shared.prompt_ms:.1f} ms "
             f"| {front.prompt_ms / shared.prompt_ms:.2f} | {front.peak_mib:.1f} MiB | {shared.peak_mib:.1f} MiB "
             f"| {front.cache_mib:.1f} MiB | {shared.cache_mib:.1f} MiB |"
@@ -210,11 +237,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a few seconds, to see that it runs")
     arguments = parser.parse_args()
     plan = TINY if arguments.tiny else Plan()
-    cells = []
-    for length in plan.prefixes:
-        model = build(length)
-        for rows in plan.batches:
-            cells += measure(model, length, rows, plan)
+    cases = [(length, rows, 1) for length in plan.prefixes for rows in plan.batches] + list(plan.mixed)
+    cells = [cell for case in cases for cell in measure(*case, plan)]
     facts = {"plan": asdict(plan), "threads": torch.get_num_threads(), "model": SIZES, "versions": package_versions()}
     found = {**facts, "cells": [asdict(cell) for cell in cells]}
     arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -15,10 +15,10 @@ from hf_prefix.attention.key_order import OrderedView, key_order, reordered
 from hf_prefix.attention.masks import Extent
 from hf_prefix.attention.placement import device_of
 from hf_prefix.attention.position_bias import PositionBias
+from hf_prefix.attention.prepared import PreparedPrefixes
 from hf_prefix.attention.replacement import Replacement
 from hf_prefix.attention.rows import WITHOUT_PREFIX, Rows
 from hf_prefix.attention.selection import KeySelection
-from hf_prefix.attention.sharding import may_be_gathered
 from hf_prefix.attention.shared_copy import SharedCopy
 from hf_prefix.attention.shared_keys import SharedKeys
 from hf_prefix.attention.sites import (
@@ -71,12 +71,12 @@ class PrefixLayer(PrefixTunerLayer):
         # In tuples, so that modules of the base model do not become children.
         self._site_module = (site.module,)
         self._stack = (site.stack,)
-        self._ready: tuple[object, KeyValuePrefix] | None = None
+        self._prepared = PreparedPrefixes(self._named_encoders, self._mixed_rows, self._may_learn)
         self._order: Tensor | None = None
         self._visibility = Visibility(site, call, self._scrolls, self._is_infix, self._missing)
         self._bias = PositionBias(site, self._length)
         self._shared_keys = SharedKeys(site, self._visibility, self._length, self._learns)
-        self.shared_copy = SharedCopy(site, call, self.prefix_like, self._is_in_front)
+        self.shared_copy = SharedCopy(site, call, self._prepared.groups_like, self._count_prefixes, self._is_in_front)
         self._inner = inner_attention(site.module)
         if self._inner is None:
             self.add_hook(site.module.register_forward_pre_hook(self.before_attention, with_kwargs=True))
@@ -105,13 +105,13 @@ class PrefixLayer(PrefixTunerLayer):
 
     def train(self, mode: bool = True) -> "PrefixLayer":
         """Switch dropout; forget prepared keys and values, which training changes."""
-        self._ready = None
+        self._prepared.forget()
         super().train(mode)
         return self
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove a prefix; forget prepared keys and values: another one may come to lie in the same memory."""
-        self._ready = None
+        self._prepared.forget()
         super().delete_adapter(adapter_name)
 
     def encoder(self, adapter_name: str) -> PrefixEncoder:
@@ -129,21 +129,8 @@ class PrefixLayer(PrefixTunerLayer):
         return sum(lengths) if self.call.rows is None else max(lengths, default=0)
 
     def prefix_like(self, like: Tensor) -> KeyValuePrefix:
-        """Return the active prefixes, one after the other, or those of the rows, as `like` in dtype and device.
-
-        Without gradients the result is prepared once and kept until a parameter changes, so that decoding does
-        not evaluate the MLP, nor cast anything, at each step. The first run of reentrant checkpointing is no such
-        case: it asks the shared trunk as its second run will. Among several processes nothing is kept.
-        """
-        encoders = self._active_encoders()
-        drops_out = self.training and any(encoder.dropout > 0 for encoder in encoders)
-        learning = self.call.with_gradients or torch.is_grad_enabled()
-        if learning or torch.compiler.is_compiling() or drops_out or may_be_gathered():
-            return self._joined(like)
-        state = (like.dtype, like.device, self._mixed_rows(), [encoder.version() for encoder in encoders])
-        if self._ready is None or self._ready[0] != state:
-            self._ready = (state, self._joined(like))
-        return self._ready[1]
+        """Return the active prefixes, one after the other, or those of the rows, as `like` in dtype and device."""
+        return self._prepared.like(like)
 
     def before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> HookResult:
         """Put the prefix in front of the keys and values, and let the mask see it."""
@@ -188,15 +175,6 @@ class PrefixLayer(PrefixTunerLayer):
         prefix = self.prefix_like(inner.states(arguments)[0])
         return inner.attend(module, self._stack[0], arguments, prefix, mask)
 
-    def _joined(self, like: Tensor) -> KeyValuePrefix:
-        """Return the active prefixes one after the other; for rows that differ, that of each row."""
-        rows = self._mixed_rows()
-        if rows is None:
-            return KeyValuePrefix.concatenate([_computed(encoder) for encoder in self._active_encoders()]).to(like)
-        names = self.active_names(self.hf_prefix_encoder)
-        prefixes = {name: _computed(self.encoder(name)).to(like) for name in names}
-        return KeyValuePrefix.per_row([prefixes.get(name) for name in rows])
-
     def _mixed_rows(self) -> Rows | None:
         """Return the prefix of each row in the present pass; None where all rows have the same here."""
         rows = self.call.rows
@@ -204,6 +182,10 @@ class PrefixLayer(PrefixTunerLayer):
             return None
         different = {name if name in self.hf_prefix_encoder else WITHOUT_PREFIX for name in rows}
         return rows if len(different) > 1 else None
+
+    def _count_prefixes(self) -> int:
+        rows = self._mixed_rows()
+        return 1 if rows is None else len(set(rows))
 
     def _missing(self, device: torch.device) -> Tensor | None:
         """Return how many columns in front of each row are no tokens of its prefix [batch]; None where all are."""
@@ -215,8 +197,14 @@ class PrefixLayer(PrefixTunerLayer):
         missing = [longest - lengths.get(name, 0) for name in rows]
         return torch.tensor(missing, device=device) if any(missing) else None
 
+    def _named_encoders(self) -> dict[str, PrefixEncoder]:
+        return {name: self.encoder(name) for name in self.active_names(self.hf_prefix_encoder)}
+
     def _active_encoders(self) -> list[PrefixEncoder]:
-        return [self.encoder(name) for name in self.active_names(self.hf_prefix_encoder)]
+        return list(self._named_encoders().values())
+
+    def _may_learn(self) -> bool:
+        return self.call.with_gradients or torch.is_grad_enabled()
 
     def _used_half(self, cache: Cache | None) -> Cache | None:
         """Return the part of the cache that counts the keys of this module; cross-attention counts none."""
@@ -250,9 +238,9 @@ class PrefixLayer(PrefixTunerLayer):
         return any(self.hf_prefix_infix[name] for name in self.active_names(self.hf_prefix_encoder))
 
     def _is_in_front(self) -> bool:
-        """Whether all rows have the same prefix, in front of all tokens and seen by all."""
+        """Whether the prefixes are in front of all tokens and seen by all."""
         scrolls = self._scrolls() and sliding_window(self._site_module[0]) is not None
-        return not (scrolls or self._is_infix()) and self._mixed_rows() is None
+        return not (scrolls or self._is_infix())
 
     def _scrolls(self) -> bool:
         choices = {self.hf_prefix_scrolls[name] for name in self.active_names(self.hf_prefix_encoder)}
@@ -295,7 +283,3 @@ class PrefixLayer(PrefixTunerLayer):
         encoder = self.encoder(adapter_name)
         if not any(parameter.is_meta for parameter in encoder.parameters()):
             encoder.to(device or device_of(self._site_module[0]))
-
-
-def _computed(encoder: PrefixEncoder) -> KeyValuePrefix:
-    return KeyValuePrefix(*encoder())

@@ -7,12 +7,15 @@ for each row (Hydragen, https://arxiv.org/abs/2402.05099).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers.integrations.flex_attention import compile_friendly_flex_attention, get_flex_attention_lse_kwargs
+
+from hf_prefix.prefix.key_value import KeyValuePrefix
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +31,9 @@ class Part:
     weight: Tensor
 
     def merged(self, other: "Part") -> Tensor:
-        """Return attention to the keys of both [batch, heads, query, value_size]; all see some of the other."""
-        share = torch.sigmoid(self.weight - other.weight)[..., None]
+        """Return attention to the keys of both [batch, heads, query, value_size]."""
+        # Queries of padding in rows without a prefix see nothing at all; they get the zeros of the tokens' part.
+        share = torch.sigmoid(self.weight - other.weight).nan_to_num(1.0)[..., None]
         wide = torch.lerp(other.output.to(share.dtype), self.output.to(share.dtype), share)
         return wide.to(self.output.dtype)
 
@@ -77,6 +81,40 @@ def attend_to_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     output = part.output.reshape(kv_heads, batch, -1, value.shape[-1]).transpose(0, 1)
     weight = part.weight.reshape(kv_heads, batch, -1).transpose(0, 1)
     return Part(output.reshape(batch, heads, length, -1), weight.reshape(batch, heads, length))
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """Rows that have the same prefix.
+
+    Args:
+        rows: Their indices; None for all rows of the batch.
+        prefix: The prefix.
+    """
+
+    rows: Tensor | None
+    prefix: KeyValuePrefix
+
+
+def attend_to_prefixes(query: Tensor, groups: list[RowGroup], scale: float | None) -> Part:
+    """Attend to the prefix of each row, once for the rows of a group; rows in no group have none.
+
+    Args:
+        query: [batch, heads, query, size]
+        groups: One group of all rows, or several that share no row.
+        scale: What scores are multiplied by; None means 1 / sqrt(size).
+    """
+    first = groups[0].prefix
+    if groups[0].rows is None:
+        return attend_to_prefix(query, first.key, first.value, scale)
+    output = query.new_zeros(*query.shape[:-1], first.value.shape[-1])
+    weight = torch.full(query.shape[:-1], -torch.inf, dtype=_wide(query), device=query.device)
+    for group in groups:
+        rows = cast(Tensor, group.rows)
+        part = attend_to_prefix(query.index_select(0, rows), group.prefix.key, group.prefix.value, scale)
+        output.index_copy_(0, rows, part.output)
+        weight.index_copy_(0, rows, part.weight)
+    return Part(output, weight)
 
 
 def attend_by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Part:
@@ -157,7 +195,7 @@ def _on_cuda(
 def _unfused(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> Part:
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = _wide(query)
     scores = query.to(wide) @ key.to(wide).transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None, None]
@@ -166,6 +204,11 @@ def _unfused(
     weight = scores.logsumexp(dim=-1)
     shares = (scores - weight[..., None]).exp()
     return Part((shares @ value.to(wide)).to(query.dtype), weight)
+
+
+def _wide(states: Tensor) -> torch.dtype:
+    """Return the type of log-sum-exps."""
+    return torch.promote_types(states.dtype, torch.float32)
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:

@@ -20,7 +20,7 @@ from hf_prefix.attention.cache import CacheView
 from hf_prefix.attention.handover import AttentionFunction, Handover, ObservedView
 from hf_prefix.attention.masks import Extent
 from hf_prefix.attention.packing import check_kept_apart
-from hf_prefix.attention.partial_attention import attend_to_prefix, attend_to_tokens
+from hf_prefix.attention.partial_attention import RowGroup, attend_to_prefixes, attend_to_tokens
 from hf_prefix.attention.sites import (
     AttentionSite,
     asks_for_more_than_scores,
@@ -30,22 +30,22 @@ from hf_prefix.attention.sites import (
 )
 from hf_prefix.attention.tuner_layer import CHILD_NAME, Arguments, StackCall
 from hf_prefix.errors import UnsupportedCallError
-from hf_prefix.prefix.key_value import KeyValuePrefix
 
 _NAME = "hf_prefix_shared_copy"
 """Name of our attention function in transformers' table."""
 
 
-def pays(prefix_length: int, rows: int, device: torch.device, backend: str) -> bool:
-    """Whether one shared copy is faster than one for each row, as measured (docs/results/shared_prefix.md).
+def pays(prefix_length: int, rows: int, prefixes: int, device: torch.device, backend: str) -> bool:
+    """Whether one copy of each prefix is faster than one for each row, as measured (docs/results/shared_prefix.md).
 
     Args:
-        prefix_length: Number of virtual tokens.
+        prefix_length: Number of virtual tokens, of the longest prefix.
         rows: Number of rows in the batch.
+        prefixes: Number of different prefixes that they have.
         device: Where they are.
         backend: The attention implementation.
     """
-    return device.type == "cpu" and backend == "sdpa" and prefix_length * rows >= 512
+    return device.type == "cpu" and backend == "sdpa" and prefix_length * rows >= 640 * prefixes
 
 
 class SharedCopy:
@@ -54,21 +54,24 @@ class SharedCopy:
     Args:
         site: The attention module.
         call: What its stack tells of the present call.
-        prefix_like: Gives the prefix in the dtype and on the device of a tensor.
-        is_in_front: Tells whether the active prefixes are one for all rows, in front of all tokens and seen by all.
+        groups_like: Gives the prefixes and the rows that have them, in the dtype and on the device of a tensor.
+        count_prefixes: Gives the number of different prefixes that rows have.
+        is_in_front: Tells whether the prefixes are in front of all tokens and seen by all.
     """
 
     def __init__(
         self,
         site: AttentionSite,
         call: StackCall,
-        prefix_like: Callable[[Tensor], KeyValuePrefix],
+        groups_like: Callable[[Tensor], list[RowGroup]],
+        count_prefixes: Callable[[], int],
         is_in_front: Callable[[], bool],
     ) -> None:
         self.is_possible = site.attends_by_scores_alone
         self.chosen: bool | None = None
         """Whether the shared copy is used where it can be; None where it pays."""
-        self._call, self._prefix_like, self._is_in_front = call, prefix_like, is_in_front
+        self._call, self._groups_like = call, groups_like
+        self._count_prefixes, self._is_in_front = count_prefixes, is_in_front
         self._mask_argument, self._cross_attention = site.mask_argument, site.role == "cross"
         self._stack_name = type(site.stack).__name__
         self._is_direct: dict[str, bool | None] = {}
@@ -93,23 +96,21 @@ class SharedCopy:
         Args:
             module: The attention module.
             arguments: The arguments of its call by name, which the shared copy leaves as they are.
-            prefix_length: Number of virtual tokens.
+            prefix_length: Number of virtual tokens, of the longest prefix.
             rows: Number of rows in the batch.
             extent: The tokens of the call.
 
         Raises:
             UnsupportedCallError: The sequences of a packed row would see each other.
         """
-        self._handover = None
-        if not self.is_possible or not self._is_wanted(module, prefix_length, rows, extent.device):
-            return False
-        if not self._is_open_to(module, arguments, extent):
-            return False
-        self._backend = attention_backend(module)
+        self._handover, self._backend = None, attention_backend(module)
         is_direct = self._is_direct.get(self._backend)
+        if not self.is_possible or is_direct is False or not self._is_open_to(module, arguments, extent):
+            return False
         if is_direct is None:
             self._handover = Handover(cast(AttentionFunction, registered_attention(module)))
-        if not is_direct:
+            return False
+        if not self._is_wanted(prefix_length, rows, extent.device):
             return False
         if not self._cross_attention:
             check_kept_apart(self._call, self._stack_name, arguments.get(self._mask_argument))
@@ -149,8 +150,7 @@ class SharedCopy:
         scale, causal = more.get("scaling"), more.get("is_causal")
         causal = is_causal(module) if causal is None else causal
         tokens = attend_to_tokens(query, key, value, mask, causal and self._backend == "sdpa", scale)
-        prefix = self._prefix_like(key)
-        output = tokens.merged(attend_to_prefix(query, prefix.key, prefix.value, scale))
+        output = tokens.merged(attend_to_prefixes(query, self._groups_like(key), scale))
         return output.transpose(1, 2).contiguous(), None
 
     def after_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -173,9 +173,9 @@ class SharedCopy:
                 "prefix; call hf_prefix.set_shared_attention(model, False)."
             )
 
-    def _is_wanted(self, module: nn.Module, prefix_length: int, rows: int, device: torch.device) -> bool:
+    def _is_wanted(self, prefix_length: int, rows: int, device: torch.device) -> bool:
         if self.chosen is None:
-            return pays(prefix_length, rows, device, attention_backend(module))
+            return pays(prefix_length, rows, self._count_prefixes(), device, self._backend)
         return self.chosen
 
     def _is_open_to(self, module: nn.Module, arguments: Arguments, extent: Extent) -> bool:
