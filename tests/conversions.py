@@ -1,5 +1,6 @@
 """Every conversion of docs/conversions.md on tiny models: what the other side computes, and what is computed here."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 import torch
 from peft import CartridgeConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import BartForConditionalGeneration, PreTrainedModel
+from transformers import BartForConditionalGeneration, DynamicCache, PreTrainedModel
 
 from adapters import BART, T5, attach
-from families import CAUSAL, PAD, Family, build, tokens
+from families import CAUSAL, FAMILIES, PAD, Family, build, tokens
 from hf_prefix.conversion import convert
 
 BOUND = 1e-5
@@ -122,6 +124,46 @@ def ours_to_peft(family: Family, **options: Any) -> Callable[[Path], Outcome]:
     return run
 
 
+def plain_cache(path: Path, model: PreTrainedModel, rows: int) -> DynamicCache:
+    """Return a cache of transformers' own that holds a prefix file; nothing of ours is used."""
+    cache = DynamicCache(config=model.config)
+    with safe_open(path, framework="pt") as file:
+        for site in sorted(json.loads(file.metadata()["sites"]), key=lambda site: site["layer"]):
+            states = [file.get_tensor(f"decoder.{site['layer']}.{part}") for part in ("key", "value")]
+            cache.update(*(state.expand(rows, -1, -1, -1) for state in states), site["layer"])
+    return cache
+
+
+def ours_to_cache(family: Family, **options: Any) -> Callable[[Path], Outcome]:
+    """Compare a prefix of ours with the base model on a cache that was filled from its file."""
+
+    def run(folder: Path) -> Outcome:
+        ours, base = attach(family, num_virtual_tokens=5, **options), build(family)
+        ours.save_pretrained(folder / "ours")
+        convert(folder / "ours", folder / "prefix.safetensors", "safetensors", base_folder(base, folder))
+        inputs = batch(base)
+        inputs["attention_mask"] = torch.cat([torch.ones(2, 5, dtype=torch.long), inputs["attention_mask"]], dim=1)
+        with torch.no_grad():
+            theirs = base(**inputs, past_key_values=plain_cache(folder / "prefix.safetensors", base, 2)).logits
+        return compared(theirs, logits(ours), base)
+
+    return run
+
+
+def file_to_ours(family: Family, **options: Any) -> Callable[[Path], Outcome]:
+    """Compare a prefix of ours with what is read from its file."""
+
+    def run(folder: Path) -> Outcome:
+        ours = attach(family, num_virtual_tokens=5, **options)
+        ours.save_pretrained(folder / "ours")
+        convert(folder / "ours", folder / "prefix.safetensors", "safetensors", base_folder(build(family), folder))
+        convert(folder / "prefix.safetensors", folder / "again", "hf_prefix")
+        again = PeftModel.from_pretrained(build(family), folder / "again")
+        return compared(logits(again), logits(ours), build(family))
+
+    return run
+
+
 def deep_bart() -> PreTrainedModel:
     """Return a BART of three layers, in which PEFT's order of layers shows."""
     config = build(BART).config
@@ -148,9 +190,17 @@ def _peft() -> Iterator[Case]:
     yield Case("hf_prefix", "PEFT CARTRIDGE", "llama", ours_to_peft(CAUSAL[1], num_frozen_tokens=1))
 
 
+def _prefix_file() -> Iterator[Case]:
+    for family in CAUSAL:
+        scroll = {"sliding_window": "scroll"} if family.name in ("gemma3", "mistral") else {}
+        yield Case("hf_prefix", "prefix file in transformers' cache", family.name, ours_to_cache(family, **scroll))
+    for family in FAMILIES:
+        yield Case("prefix file", "hf_prefix", family.name, file_to_ours(family))
+
+
 def cases() -> list[Case]:
     """Return every conversion."""
-    return [*_peft()]
+    return [*_peft(), *_prefix_file()]
 
 
 def generated(model: nn.Module, *, left_padded: int = 0) -> Tensor:

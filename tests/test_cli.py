@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 COMMANDS = ["quickstart", "train", "distill", "generate", "evaluate", "inspect"]
 COMMANDS += ["concatenate", "average", "truncate", "select-layers"]
-COMMANDS += ["push", "pull"]
+COMMANDS += ["convert", "push", "pull"]
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,21 @@
 """Prefixes of other projects: the same logits and tokens on both sides, and refusals of what cannot be converted."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from adapters import BART, GPT2, LLAMA, WEIGHTS, attach, deeper_llama, prefix_config, wider_llama
+from command_line import error_of, run, usage_error_of
 from conversion_table import PAGE, row_start
 from conversions import (
     BOUND,
@@ -24,12 +28,16 @@ from conversions import (
     deep_bart,
     generated,
     logits,
+    plain_cache,
     save_peft,
 )
-from families import FAMILIES, Family, build, tokens
+from families import CAUSAL, FAMILIES, PAD, Family, build, tokens
+from hf_prefix.base_layout import base_layout
 from hf_prefix.conversion import convert, read_foreign
 from hf_prefix.errors import ConversionError, PrefixError, PrefixFileError, PrefixMismatchError
+from hf_prefix.prefix.key_value import KeyValuePrefix
 from hf_prefix.sharing import SavedPrefix
+from hf_prefix.sharing.interop.prefix_file import write_prefix_file
 
 PADDING = 4
 
@@ -240,6 +248,160 @@ def test_damaged_safetensors_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:200])
     with pytest.raises(PrefixFileError, match="Download it again"):
         read_foreign(tmp_path / "peft", build(LLAMA))
+
+
+# The prefix file
+
+
+def llama_file(folder: Path, **options: Any) -> Path:
+    """Save a prefix of ours for the tests' Llama as a file."""
+    attach(LLAMA, **options).save_pretrained(folder / "ours")
+    convert(folder / "ours", folder / "prefix.safetensors", "safetensors", base_folder(build(LLAMA), folder))
+    return folder / "prefix.safetensors"
+
+
+@pytest.mark.parametrize("family", CAUSAL, ids=lambda item: item.name)
+def test_transformers_generates_the_same_tokens_from_a_file(family: Family, tmp_path: Path) -> None:
+    scroll = {"sliding_window": "scroll"} if family.name in ("gemma3", "mistral") else {}
+    ours, base = attach(family, **scroll), build(family)
+    ours.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "prefix.safetensors", "safetensors", base)
+    # `generate` leaves out as many tokens as the cache holds.
+    inputs = torch.cat([torch.full((2, 3), PAD), tokens(2, PROMPT)], dim=1)
+    cache = plain_cache(tmp_path / "prefix.safetensors", base, 2)
+    theirs = base.generate(inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, **GREEDY)
+    assert torch.equal(theirs[:, 3:], generated(ours))
+    assert not torch.equal(generated(ours), generated(base))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "expected"),
+    [
+        ("llama", {}, {"first_token_position": "3", "sliding_window": "pin", "num_frozen_tokens": "0"}),
+        ("llama", {"offset_positions": False, "num_frozen_tokens": 1}, {"first_token_position": "0"}),
+        ("mistral", {"sliding_window": "scroll"}, {"sliding_window": "scroll", "relative_positions": "false"}),
+        ("bart", {}, {"first_token_position": "0", "task": "SEQ_2_SEQ_LM"}),
+        ("bart", {"offset_positions": True, "roles": ["decoder"]}, {"first_token_position": "3"}),
+        ("t5", {}, {"first_token_position": "3", "relative_positions": "true"}),
+        ("t5", {"roles": ["encoder"]}, {"first_token_position": "0"}),
+        ("gpt2", {"layers_to_transform": [1], "layers_pattern": "h"}, {"first_token_position": "3"}),
+    ],
+)
+def test_a_file_holds_everything_about_a_prefix(
+    family: str, options: dict[str, Any], expected: dict[str, str], tmp_path: Path
+) -> None:
+    chosen = next(item for item in FAMILIES if item.name == family)
+    attach(chosen, **options).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "prefix.safetensors", "safetensors", base_folder(build(chosen), tmp_path))
+    with safe_open(tmp_path / "prefix.safetensors", framework="pt") as file:
+        facts = file.metadata()
+    assert {name: facts[name] for name in expected} == expected
+    convert(tmp_path / "prefix.safetensors", tmp_path / "again", "hf_prefix")
+    before, after = (SavedPrefix.load(tmp_path / name) for name in ("ours", "again"))
+    for name in ("offset_positions", "sliding_window", "num_frozen_tokens", "attention_modules", "base_fingerprint"):
+        assert getattr(after.config, name) == getattr(before.config, name), name
+    weights = [load_file(tmp_path / name / WEIGHTS) for name in ("ours", "again")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    one, other = (logits(PeftModel.from_pretrained(build(chosen), tmp_path / name)) for name in ("ours", "again"))
+    assert torch.equal(one, other)
+
+
+def test_the_fields_of_a_file_are_those_of_its_page(tmp_path: Path) -> None:
+    path = llama_file(tmp_path)
+    page = (PAGE.parent / "prefix_file.md").read_text(encoding="utf-8")
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+        assert sorted(file.keys()) == [f"decoder.{layer}.{part}" for layer in (0, 1) for part in ("key", "value")]
+    described = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    # Without a name of the Hub these are left out.
+    assert described - set(facts) - set(json.loads(facts["sites"])[0]) == {"base_revision"}
+    assert set(facts) | set(json.loads(facts["sites"])[0]) <= described
+
+
+def test_keys_that_are_values_have_none_in_a_file(tmp_path: Path) -> None:
+    layout = base_layout(build(LLAMA))
+    sites = [replace(site, module={**site.module, "value_size": 0}) for site in layout.sites]
+    key_values = {site.name: KeyValuePrefix(torch.randn(2, 3, 8), torch.zeros(2, 3, 0)) for site in sites}
+    layout = replace(layout, sites=tuple(sites))
+    write_prefix_file(layout.new_prefix(key_values, "here"), tmp_path / "prefix.safetensors", layout)
+    again = read_foreign(tmp_path / "prefix.safetensors")
+    assert all(torch.equal(again.key_values[name].key, prefix.key) for name, prefix in key_values.items())
+    assert all(prefix.keys_are_values for prefix in again.key_values.values())
+
+
+def test_an_infix_has_no_file_and_dropout_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="stand in front, and the prefix has placement='infix'"):
+        llama_file(tmp_path, placement="infix", infix_separator_token_id=7)
+    assert not (tmp_path / "prefix.safetensors").exists()
+    with pytest.warns(UserWarning, match=r"prefix_dropout=0.5 is left out"):
+        llama_file(tmp_path, prefix_dropout=0.5)
+
+
+@pytest.mark.parametrize(
+    ("facts", "tensors", "message"),
+    [
+        ({"format_version": "2"}, {}, "format_version='2', and 1 can be read"),
+        ({"sites": "[{}]"}, {}, "not described as it should be"),
+        ({"sites": "{"}, {}, "not described as it should be"),
+        ({"num_virtual_tokens": "many"}, {}, "not described as it should be"),
+        ({"first_token_position": "1"}, {}, "first_token_position=1 is neither 0 nor 3"),
+        ({}, {"decoder.2.key": torch.zeros(2, 3, 8)}, r"different tensors: \['decoder.2.key'\]"),
+        ({}, {"decoder.0.key": torch.full((2, 3, 8), torch.inf)}, "no finite numbers in decoder.0.key"),
+    ],
+)
+def test_a_damaged_file_is_refused(
+    facts: dict[str, str], tensors: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    path = llama_file(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        described = file.metadata()
+    save_file(load_file(path) | tensors, path, metadata=described | facts)
+    with pytest.raises(PrefixFileError, match=message):
+        read_foreign(path)
+
+
+def test_other_files_are_no_prefix(tmp_path: Path) -> None:
+    path = llama_file(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(PrefixFileError, match="no prefix of a known format, or damaged"):
+        read_foreign(path)
+    save_file({"key": torch.zeros(1)}, path)
+    with pytest.raises(PrefixFileError, match="no prefix of a known format"):
+        read_foreign(path)
+
+
+# On the command line
+
+
+def test_convert_there_and_back_on_the_command_line(tmp_path: Path) -> None:
+    llama_peft(tmp_path)
+    base = base_folder(build(LLAMA), tmp_path)
+    for source, target, to in (
+        ("peft", "ours", "hf_prefix"),
+        ("ours", "prefix.safetensors", "safetensors"),
+        ("prefix.safetensors", "back", "peft"),
+    ):
+        result = run("convert", tmp_path / source, tmp_path / target, "--to", to, "--base-model", base)
+        assert result.exit_code == 0, result.output
+        assert "a prefix of 5 virtual tokens in 2 attention modules" in " ".join(result.stderr.split())
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("peft", "back"))
+    assert torch.equal(one["prompt_embeddings"], other["prompt_embeddings"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "base", "ours", "peft", "prefix.safetensors"]
+
+
+def test_mistakes_on_the_command_line_are_one_readable_line(tmp_path: Path) -> None:
+    llama_peft(tmp_path)
+    source, target = tmp_path / "peft", tmp_path / "ours"
+    assert "give base_model (--base-model)" in error_of(run("convert", source, target, "--to", "hf_prefix"))
+    assert "no prefix of a known format" in error_of(run("convert", tmp_path / "none", target, "--to", "hf_prefix"))
+    assert "name that with --base-model" in error_of(
+        run("convert", source, target, "--to", "peft", "--gguf-file", "x")
+    )
+    assert "ends in .safetensors" in error_of(run("convert", source, target, "--to", "safetensors"))
+    assert "'onnx' is not one of" in usage_error_of(run("convert", source, target, "--to", "onnx"))
+    assert not target.exists()
 
 
 # Recognising, base models and targets

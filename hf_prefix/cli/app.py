@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from hf_prefix import __version__
-from hf_prefix.cli import composition, distill, evaluate, generate, inspect, pull, push, quickstart, train
+from hf_prefix.cli import composition, convert, distill, evaluate, generate, inspect, pull, push, quickstart, train
 from hf_prefix.cli.console import ReadableErrorsGroup, quiet_libraries
 
 app = typer.Typer(
@@ -45,5 +45,6 @@ app.command(epilog=composition.CONCATENATE_EXAMPLES)(composition.concatenate)
 app.command(epilog=composition.AVERAGE_EXAMPLES)(composition.average)
 app.command(epilog=composition.TRUNCATE_EXAMPLES)(composition.truncate)
 app.command(epilog=composition.SELECT_LAYERS_EXAMPLES)(composition.select_layers)
+app.command(epilog=convert.EXAMPLES)(convert.convert)
 app.command(epilog=push.EXAMPLES)(push.push)
 app.command(epilog=pull.EXAMPLES)(pull.pull)

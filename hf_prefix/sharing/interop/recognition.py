@@ -7,8 +7,9 @@ from hf_prefix.errors import ConversionError, PrefixFileError
 from hf_prefix.peft_type import PrefixPeftType
 from hf_prefix.sharing.interop.files import read_json
 from hf_prefix.sharing.interop.peft_folders import CONFIG_FILE, PEFT_TYPES
+from hf_prefix.sharing.interop.prefix_file import is_prefix_file
 
-Format = Literal["hf_prefix", "peft"]
+Format = Literal["hf_prefix", "peft", "safetensors"]
 """What can be read."""
 
 
@@ -16,7 +17,7 @@ def recognise(source: Path) -> tuple[Format, str | None]:
     """Return the format of a prefix and the base model that it names.
 
     Args:
-        source: A folder.
+        source: A folder or file.
 
     Raises:
         ConversionError: It holds something else than a prefix.
@@ -24,7 +25,12 @@ def recognise(source: Path) -> tuple[Format, str | None]:
     """
     if (source / CONFIG_FILE).is_file():
         return _adapter(source / CONFIG_FILE)
-    raise PrefixFileError(f"{source} is no prefix of a known format.")
+    if source.is_file() and is_prefix_file(source):
+        return "safetensors", None
+    raise PrefixFileError(
+        f"{source} is no prefix of a known format, or damaged. docs/conversions.md says which can be read; give a "
+        "folder or file of this machine."
+    )
 
 
 def _adapter(path: Path) -> tuple[Format, str | None]:
