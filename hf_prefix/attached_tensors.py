@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from hf_prefix.attention.tuner_layer import prefix_layers
-from hf_prefix.sharing.checkpoint import SAVED_PREFIX, check_fits
+from hf_prefix.sharing.checkpoint import SAVED_PREFIX, check_fits, check_leaves_base_alone
 
 
 def attached_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -46,7 +46,8 @@ def fitting_tensors(model: nn.Module, adapter_name: str, saved: Mapping[str, Ten
         saved: Tensors by name in the file.
 
     Raises:
-        PrefixMismatchError: Tensors are missing, unknown, of another shape, or not finite.
+        PrefixMismatchError: Tensors are missing, unknown, of another shape, or not finite, or would replace weights of
+            the base model.
     """
     expected = attached_tensors(model, adapter_name)
     names = {saved_name(name, adapter_name): name for name in expected}
@@ -57,6 +58,7 @@ def fitting_tensors(model: nn.Module, adapter_name: str, saved: Mapping[str, Ten
     others = {} if renamed.keys() == expected.keys() else model.state_dict()
     ours = {name: tensor for name, tensor in renamed.items() if name in expected or name not in others}
     check_fits(ours, expected)
+    check_leaves_base_alone(renamed.keys() - ours.keys())
     # Copies: PEFT may keep what it is given (low_cpu_mem_usage), and at the odd addresses of a mapped file torch
     # adds up in another order, so that a projection would give other keys in their last bits.
     return renamed | {name: tensor.clone() for name, tensor in ours.items()}

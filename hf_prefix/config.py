@@ -1,20 +1,24 @@
 """The configuration of a prefix: every option, checked at construction."""
 
 import copy
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 from hf_prefix.errors import PrefixError, PrefixFileError
 from hf_prefix.peft_type import PrefixPeftType
-from hf_prefix.sharing.export import check_format, export_weights, is_checkpoint
-from hf_prefix.sharing.fingerprint import BaseFingerprint
+from hf_prefix.sharing.export import check_format, export_weights, is_checkpoint, saved_digest
+from hf_prefix.sharing.field_types import declared_types, has_type
+from hf_prefix.sharing.fingerprint import BaseFingerprint, check_sample
 from hf_prefix.sharing.folding import AttentionModule
 from hf_prefix.sharing.model_card import write_card
+from hf_prefix.sharing.weights_file import check_agrees, check_digest, find_weights, read_configuration, read_header
 
 Role = Literal["encoder", "decoder", "cross"]
 """Where a prefix acts: encoder self-attention, decoder self-attention (the only one of a decoder-only model),
@@ -92,6 +96,8 @@ class PrefixConfig(PeftConfig):
         format_version: Version of the saved form; written when the configuration is saved.
         base_fingerprint: Filled in when the prefix is attached: what it depends on in the base model. A saved prefix
             is attached only to a model that agrees.
+        weights_sha256: Written when the configuration is saved beside weights: the digest of what they hold. Delete it
+            from a folder whose weights are changed on purpose.
         allow_other_base: Attach a saved prefix to another base model than its own, if its attention modules fit. Never
             saved.
 
@@ -128,10 +134,14 @@ class PrefixConfig(PeftConfig):
     initialized: bool = field(default=False)
     format_version: int | None = field(default=None)
     base_fingerprint: BaseFingerprint | None = field(default=None)
+    weights_sha256: str | None = field(default=None)
     allow_other_base: bool = field(default=False)
 
     def __post_init__(self) -> None:
         self._check_version()
+        self._check_types(PeftConfig)
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise PrefixError(f"task_type must be one of {[task.value for task in TaskType]}, got {self.task_type!r}.")
         super().__post_init__()
         self.peft_type = PrefixPeftType.HF_PREFIX
         # No field, because it is no option and is never saved.
@@ -144,11 +154,83 @@ class PrefixConfig(PeftConfig):
         self._check_placement()
         self._check_initialization()
         self._check_targets()
+        self._check_types(PrefixConfig)
+        self._check_noted()
 
     @property
     def hidden_size(self) -> int:
         """Hidden width of the projection."""
         return self.encoder_hidden_size or DEFAULT_HIDDEN_SIZE
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> "PrefixConfig":
+        """Read the configuration of a saved prefix, and check the weights that PEFT is going to load beside it.
+
+        `PeftModel.from_pretrained` and `load_adapter` call this before they load any weights.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            subfolder: Folder in it.
+            **kwargs: Options of the download, or `allow_other_base`.
+
+        Raises:
+            PrefixFileError: The configuration or the weights are malformed, pickled, or of a later format.
+            PrefixMismatchError: The two do not agree.
+        """
+        config: PrefixConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        download, _, _ = cls._split_kwargs(kwargs)
+        weights = find_weights(pretrained_model_name_or_path, subfolder, **download)
+        if weights is not None:
+            # Whatever the file says: otherwise a prefix whose weights are refused could be used as a new one.
+            config.initialized = True
+            config.check_weights(weights)
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the values of a configuration.
+
+        Args:
+            path_json_file: The file.
+            **kwargs: Not used, as in PEFT.
+
+        Raises:
+            PrefixFileError: It is malformed, or of another method than prefix-tuning.
+        """
+        options = read_configuration(Path(path_json_file))
+        if options.get("peft_type") != PrefixPeftType.HF_PREFIX.value:
+            raise PrefixFileError(
+                f"{path_json_file} is of a {options.get('peft_type')!r} adapter, not of a prefix; read it with "
+                "PeftConfig.from_pretrained."
+            )
+        if "allow_other_base" in options:
+            raise PrefixFileError(f"{path_json_file} sets allow_other_base, which only whoever loads a prefix may do.")
+        return options
+
+    def check_weights(self, file: str | Path) -> None:
+        """Check that a file of weights is the one that belongs to this configuration.
+
+        Args:
+            file: The file.
+
+        Raises:
+            PrefixFileError: It is damaged, or no file of safetensors.
+            PrefixMismatchError: It is of another prefix.
+        """
+        hidden = self.hidden_size if self.prefix_projection else None
+        header = read_header(Path(file))
+        check_agrees(
+            Path(file),
+            header,
+            self.num_virtual_tokens,
+            self.num_frozen_tokens,
+            hidden,
+            self.modules_to_save or [],
+        )
+        if self.weights_sha256 is not None:
+            check_digest(Path(file), header, self.weights_sha256)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as it is saved, with plain JSON types."""
@@ -176,6 +258,7 @@ class PrefixConfig(PeftConfig):
         saved.initialized, saved.format_version = True, FORMAT_VERSION
         if not self._weights_follow and saved._export(save_directory):
             saved.describe_folded()
+        saved.weights_sha256 = None if self._weights_follow else saved_digest(save_directory)
         super(PrefixConfig, saved).save_pretrained(save_directory, **kwargs)
         if not self._weights_follow:
             defaults = {option.name: option.default for option in fields(saved)}
@@ -229,6 +312,25 @@ class PrefixConfig(PeftConfig):
                 f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade hf_prefix"
             )
 
+    def _check_types(self, declaring: type) -> None:
+        """Check the types of what a class declares; a JSON file may hold any."""
+        for name in declaring.__annotations__:
+            hint, value = declared_types(PrefixConfig)[name], getattr(self, name)
+            if name != "peft_type" and not has_type(value, hint):
+                raise PrefixError(f"{name} must be {hint}, got {str(value)[:200]!r}.")
+
+    def _check_noted(self) -> None:
+        if self.attention_modules is not None and not self.attention_modules:
+            raise PrefixError("attention_modules names no attention module; leave it out.")
+        if not -(2**63) <= self.prefix_init_seed < 2**63:
+            raise PrefixError(f"prefix_init_seed must have 64 bits, got {self.prefix_init_seed}.")
+        for module in self.modules_to_save or []:
+            # PEFT puts them into regular expressions.
+            if not re.fullmatch(r"[\w.-]+", module):
+                raise PrefixError(f"modules_to_save must be names of modules, got {module[:80]!r}.")
+        for name, sample in (self.base_fingerprint or {"weights": {}})["weights"].items():
+            check_sample(name, sample)
+
     def _check_length(self) -> None:
         length = self.num_virtual_tokens
         if length is None and self.prefix_init not in ("text", "token_ids"):
@@ -241,8 +343,8 @@ class PrefixConfig(PeftConfig):
 
     def _check_choices(self) -> None:
         if self.roles is not None:
-            unknown = [role for role in self.roles if role not in get_args(Role)]
-            if unknown or not self.roles:
+            known = isinstance(self.roles, list) and all(role in get_args(Role) for role in self.roles)
+            if not known or not self.roles:
                 raise PrefixError(f"roles must be some of {list(get_args(Role))} or None, got {self.roles!r}.")
         if self.prefix_init not in get_args(PrefixInit):
             raise PrefixError(f"prefix_init must be one of {list(get_args(PrefixInit))}, got {self.prefix_init!r}.")

@@ -11,6 +11,7 @@ from hf_prefix.attention.sites import AttentionSite
 from hf_prefix.attention.tuner_layer import CHILD_NAME, prefix_layers
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError
+from hf_prefix.targets import use_noted_modules
 
 
 class DirectAttachment(BaseTuner):
@@ -72,6 +73,7 @@ class DirectAttachment(BaseTuner):
                 "model.load_adapter(folder, adapter_name)."
             )
         config.initialized = True
+        use_noted_modules(config)
         self._prepare_model(config, self.model)
         names = [name for name in self._sites if self._check_target_module_exists(config, name)]
         if not names:

@@ -32,7 +32,14 @@ from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, PrefixShape, 
 from hf_prefix.prefix.fitting import initialize_encoders
 from hf_prefix.prefix.projected import PrefixTrunk, ProjectedPrefix
 from hf_prefix.row_prefixes import prefixes_of_call
-from hf_prefix.targets import check_layers, matching_names, moves_positions, note_modules, select_sites
+from hf_prefix.targets import (
+    check_layers,
+    matching_names,
+    moves_positions,
+    note_modules,
+    select_sites,
+    use_noted_modules,
+)
 from hf_prefix.weighted_adapter import CombinationType, add_weighted_adapter
 
 
@@ -71,6 +78,7 @@ class PrefixModel(DirectAttachment):
             PrefixError: The configuration cannot be met.
         """
         config = self.peft_config[adapter_name]
+        use_noted_modules(config)
         # The same seed gives the same prefix, and the caller's random numbers go on as if nothing had happened.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.prefix_init_seed)
@@ -96,6 +104,8 @@ class PrefixModel(DirectAttachment):
             self._start = self._embeddings = None
             check_layers(self._matcher, sites)
             if not targets:
+                if peft_config.initialized:
+                    note_modules(peft_config, targets)
                 # PEFT says next which names it has looked for.
                 return
             # Refused before anything of ours hangs in the model.

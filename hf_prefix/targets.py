@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_prefix.attention.sites import AttentionSite
 from hf_prefix.config import PrefixConfig, Role
-from hf_prefix.errors import PrefixError, PrefixMismatchError, UnsupportedModelError
+from hf_prefix.errors import PrefixError, PrefixFileError, PrefixMismatchError, UnsupportedModelError
 from hf_prefix.sharing.folding import AttentionModule
 
 
@@ -33,6 +33,28 @@ def select_sites(sites: list[AttentionSite], config: PrefixConfig, model: PreTra
             stacklevel=2,
         )
     return [site for site in sites if site.role in roles]
+
+
+def use_noted_modules(config: PrefixConfig) -> None:
+    """Let a saved configuration name the modules that it notes, in place of the patterns by which they were found.
+
+    A regular expression that someone else wrote can run forever, so none that comes with a folder is run.
+
+    Raises:
+        PrefixFileError: It has patterns and notes no modules.
+    """
+    patterns = config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern
+    if not config.initialized or all(pattern is None for pattern in patterns):
+        return
+    if config.attention_modules is not None:
+        config.target_modules = sorted(config.attention_modules)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    elif any(isinstance(pattern, str) for pattern in patterns):
+        raise PrefixFileError(
+            f"The saved prefix chooses its modules by regular expressions, {patterns}, and does not note which they "
+            "were. Nobody else's are run here, since they could take forever; write the names of the modules into "
+            "target_modules of its adapter_config.json."
+        )
 
 
 def matching_names(sites: list[AttentionSite], config: PrefixConfig) -> PrefixConfig:

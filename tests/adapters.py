@@ -1,6 +1,7 @@
 """Attaching prefixes to the tests' models, and looking at what came of it."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ BY_NAME = {family.name: family for family in FAMILIES}
 LLAMA, GPT2, BART, T5 = (BY_NAME[name] for name in ("llama", "gpt2", "bart", "t5"))
 
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 
 FOLDED = {"projection": True}
 KEPT = {"projection": True, "keep_projection": True}
@@ -92,7 +94,15 @@ def hook_count(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def edited_weights(folder: Path) -> Iterator[dict[str, Tensor]]:
-    """Give the tensors of a saved prefix and write them back as they are then."""
+    """Give the tensors of a saved prefix and write them back as they are then, as changed on purpose."""
     weights = load_file(folder / WEIGHTS)
     yield weights
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    edit_config(folder, weights_sha256=None)
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    """Set values in a saved configuration; None takes a key out."""
+    saved = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | values
+    kept = {name: value for name, value in saved.items() if values.get(name, "") is not None}
+    (folder / CONFIG).write_text(json.dumps(kept), encoding="utf-8")

@@ -483,7 +483,7 @@ def test_damaged_files_are_named(trained: Path, tmp_path: Path):
     for name, expected in [
         ("adapter_config.json", "adapter_config.json cannot be read"),
         ("training.json", "training.json is damaged"),
-        ("adapter_model.safetensors", "cannot be read"),
+        ("adapter_model.safetensors", "is damaged"),
     ]:
         folder = shutil.copytree(trained, tmp_path / name)
         (folder / name).write_text("{ no")

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 import zoo
 from adapters import BART, BY_NAME, FOLDED, GPT2, KEPT, LLAMA, T5, WEIGHTS, attach, edited_weights, logits, one_step
 from families import Family, build, tokens
-from hf_prefix import PrefixConfig, PrefixError, PrefixMismatchError, PrefixNotLoadedError, UnsupportedCallError
+from hf_prefix import (
+    PrefixConfig,
+    PrefixError,
+    PrefixFileError,
+    PrefixMismatchError,
+    PrefixNotLoadedError,
+    UnsupportedCallError,
+)
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.prefix.key_value import KeyValuePrefix
 from hf_prefix.sharing import SavedPrefix, average, concatenate, select_layers, truncate
@@ -589,7 +596,7 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
         with pytest.raises(PrefixMismatchError, match=message):
             SavedPrefix.load(folder)
     (folder / WEIGHTS).write_bytes(b"no tensors")
-    with pytest.raises(PrefixMismatchError, match="cannot be read"):
+    with pytest.raises(PrefixFileError, match="is cut off"):
         SavedPrefix.load(folder)
 
 

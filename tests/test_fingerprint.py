@@ -15,24 +15,15 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapt
 from torch import nn
 from transformers import PreTrainedModel
 
-from adapters import BART, GPT2, LLAMA, T5, attach, logits, prefix_config
+from adapters import BART, CONFIG, GPT2, LLAMA, T5, attach, edit_config, logits, prefix_config
 from families import Family, build
 from hf_prefix import PrefixConfig, PrefixFileError, PrefixMismatchError
 from hf_prefix.sharing.fingerprint import numbers
-
-CONFIG = "adapter_config.json"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
     pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning"),
 ]
-
-
-def edit(folder: Path, **values: Any) -> None:
-    """Set values in a saved configuration; None takes a key out."""
-    saved = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | values
-    kept = {name: value for name, value in saved.items() if values.get(name, "") is not None}
-    (folder / CONFIG).write_text(json.dumps(kept), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +254,7 @@ def test_the_version_is_saved(folder: Path) -> None:
 
 def test_a_folder_of_before_is_loaded_as_before(tmp_path: Path) -> None:
     attach(LLAMA).save_pretrained(tmp_path)
-    edit(tmp_path, format_version=None, base_fingerprint=None)
+    edit_config(tmp_path, format_version=None, base_fingerprint=None)
     loaded = PeftModel.from_pretrained(fine_tuned(build(LLAMA)), tmp_path)
     assert loaded.peft_config["default"].base_fingerprint["architecture"] == "llama"
 
@@ -273,7 +264,7 @@ def test_a_folder_of_before_is_loaded_as_before(tmp_path: Path) -> None:
 )
 def test_a_later_version_is_refused(version: Any, message: str, tmp_path: Path) -> None:
     attach(LLAMA).save_pretrained(tmp_path)
-    edit(tmp_path, format_version=version, roles="of a later kind")
+    edit_config(tmp_path, format_version=version, roles="of a later kind")
     with pytest.raises(PrefixFileError, match=message):
         PeftModel.from_pretrained(build(LLAMA), tmp_path)
 

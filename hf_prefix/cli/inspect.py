@@ -3,23 +3,19 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from peft.utils.save_and_load import load_peft_weights
 from rich.table import Table
-from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_prefix.cli import options
-from hf_prefix.cli.console import one_line, stdout_console
+from hf_prefix.cli.console import stdout_console
 from hf_prefix.cli.hub import find_prefix
 from hf_prefix.cli.loading import read_prefix_config
 from hf_prefix.cli.run_files import read_training_record
 from hf_prefix.config import PrefixConfig
-from hf_prefix.errors import PrefixError
-from hf_prefix.sharing.checkpoint import SAVED_FROZEN, SAVED_KEY, SAVED_PREFIX
+from hf_prefix.sharing.checkpoint import SAVED_FROZEN, SAVED_KEY, SAVED_PREFIX, load_weights
 
 EXAMPLES = """Example:
 
@@ -34,7 +30,7 @@ def inspect(
     folder = find_prefix(prefix, revision)
     config = read_prefix_config(folder)
     record = read_training_record(folder)
-    weights = _read_weights(folder)
+    weights = load_weights(folder)
     numbers = sum(tensor.numel() for name, tensor in weights.items() if not name.endswith(SAVED_FROZEN))
     size = sum(tensor.nbytes for tensor in weights.values())
     facts = {
@@ -58,14 +54,6 @@ def _projection(config: PrefixConfig) -> str:
     if config.prefix_projection:
         return f"hidden width {config.hidden_size}"
     return "none (input embeddings)" if config.embedding_only else "none (keys and values)"
-
-
-def _read_weights(prefix: Path) -> dict[str, Tensor]:
-    try:
-        weights: dict[str, Tensor] = load_peft_weights(str(prefix), device="cpu")
-    except (ValueError, SafetensorError) as error:
-        raise PrefixError(f"The weights in {prefix} cannot be read: {one_line(error)}") from error
-    return weights
 
 
 def _short(name: str) -> str:

@@ -1,13 +1,17 @@
 """Reading saved prefixes, and refusing those that do not fit."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
-from peft.utils.save_and_load import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import EMBEDDING_LAYER_NAMES
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_prefix.errors import PrefixError, PrefixMismatchError
 from hf_prefix.prefix.key_value import KeyValuePrefix
+from hf_prefix.sharing.weights_file import find_weights, read_header
 
 SAVED_PREFIX = "base_model.model."
 """What PEFT puts in front of every name in a file."""
@@ -34,8 +38,27 @@ def read_key_values(folder: str) -> dict[str, KeyValuePrefix]:
 
     Raises:
         PrefixError: The folder holds no direct prefix.
+        PrefixFileError: The file is malformed or pickled.
     """
-    return key_values_of(load_peft_weights(folder, device="cpu"), folder)
+    return key_values_of(load_weights(folder), folder)
+
+
+def load_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a saved prefix by name, in memory of their own.
+
+    Args:
+        folder: Folder or Hub id.
+
+    Raises:
+        PrefixFileError: The file is malformed or pickled.
+        PrefixError: There is none.
+    """
+    file = find_weights(folder)
+    if file is None:
+        raise PrefixError(f"{str(folder)!r} holds a configuration, but no {SAFETENSORS_WEIGHTS_NAME}.")
+    read_header(file)
+    # Copies, because arithmetic on a mapped file differs from the model's in the last bits.
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def key_values_of(weights: Mapping[str, Tensor], folder: str) -> dict[str, KeyValuePrefix]:
@@ -123,6 +146,24 @@ def check_fits(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
                 "it on the base model that its adapter_config.json names."
             )
         check_numbers(name, tensor)
+
+
+def check_leaves_base_alone(names: Iterable[str]) -> None:
+    """Check that what a file holds beside the prefix replaces no weight of the base model behind the user's back.
+
+    Args:
+        names: Tensors beside the prefix, by name in the model. Allowed are modules that are trained as copies
+            (`modules_to_save`), and embeddings, which PEFT saves where a vocabulary was resized.
+
+    Raises:
+        PrefixMismatchError: It would.
+    """
+    for name in sorted(names):
+        if ".modules_to_save." not in name and not set(name.split(".")) & set(EMBEDDING_LAYER_NAMES):
+            raise PrefixMismatchError(
+                f"The saved prefix holds {name}, a weight of the base model, which loading it would replace for good. "
+                "Save the prefix without it, or name its module in modules_to_save when training."
+            )
 
 
 def _check_form(saved: Iterable[str], expected: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_prefix.errors import PrefixError, UnsupportedCallError
 from hf_prefix.sharing.folding import AttentionModule, fold, is_folded
+from hf_prefix.sharing.weights_file import digest, read_header
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 """What transformers' Trainer calls its checkpoints."""
@@ -76,6 +77,12 @@ def export_weights(folder: str | Path, modules: Mapping[str, AttentionModule], k
     _check_finite(folded)
     _replace(path, folded, metadata)
     return is_folded(folded)
+
+
+def saved_digest(folder: str | Path) -> str | None:
+    """Return the digest of the weights in a folder, or None without any; see `hf_prefix.sharing.weights_file`."""
+    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    return digest(path, read_header(path)) if path.is_file() else None
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

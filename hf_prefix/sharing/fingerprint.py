@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypedDict
 
@@ -10,6 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from hf_prefix.errors import PrefixFileError
 
 NUMBERS_PER_WEIGHT = 64
 """How many numbers are kept of each weight that is looked at."""
@@ -119,8 +122,6 @@ def _weight_difference(name: str, saved: WeightSample, found: WeightSample) -> l
     if saved["shape"] != found["shape"]:
         return [f"shape of {name}: {saved['shape']} there, {found['shape']} here"]
     there, here = numbers(saved), numbers(found)
-    if there.shape != here.shape:
-        return [f"numbers kept of {name}: {there.numel()} there, {here.numel()} here"]
     differ = there != here
     if any(sample["dtype"] not in _KEPT_BY_ROUNDING for sample in (saved, found)):
         differ &= (there - here).abs() > _ROUNDING * torch.maximum(there.abs(), here.abs()) + _SMALLEST
@@ -133,16 +134,29 @@ def _weight_difference(name: str, saved: WeightSample, found: WeightSample) -> l
     ]
 
 
-def numbers(sample: WeightSample) -> Tensor:
-    """Return the numbers of a sample [count], float32.
+def check_sample(name: str, sample: WeightSample) -> None:
+    """Check that the numbers of a sample can be read.
+
+    Args:
+        name: The weight that it is of, for the message.
+        sample: The sample.
 
     Raises:
-        ValueError: They are not base64 of whole bfloat16 numbers.
+        PrefixFileError: They cannot.
     """
-    packed = bytearray(base64.b64decode(sample["numbers"], validate=True))
-    if not packed or len(packed) % 2:
-        raise ValueError(f"{len(packed)} bytes are no bfloat16 numbers")
-    return torch.frombuffer(packed, dtype=torch.bfloat16).float()
+    try:
+        packed = base64.b64decode(sample["numbers"], validate=True)
+    except ValueError as error:
+        raise PrefixFileError(f"base_fingerprint has no numbers of {name[:80]!r}: {error}") from error
+    if len(packed) != 2 * min(NUMBERS_PER_WEIGHT, math.prod(sample["shape"])) or not packed:
+        raise PrefixFileError(
+            f"base_fingerprint has {len(packed)} bytes of numbers of {name[:80]!r}, which are too few."
+        )
+
+
+def numbers(sample: WeightSample) -> Tensor:
+    """Return the numbers of a sample [count], float32."""
+    return torch.frombuffer(bytearray(base64.b64decode(sample["numbers"])), dtype=torch.bfloat16).float()
 
 
 def _sample(weight: Tensor) -> WeightSample:

@@ -8,15 +8,20 @@ from types import MappingProxyType
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.save_and_load import load_peft_weights
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError, PrefixMismatchError
 from hf_prefix.prefix.key_value import KeyValuePrefix
-from hf_prefix.sharing.checkpoint import SAVED_FROZEN, SAVED_KEY, SAVED_VALUE, key_values_of, saved_tensors
+from hf_prefix.sharing.checkpoint import (
+    SAVED_FROZEN,
+    SAVED_KEY,
+    SAVED_VALUE,
+    key_values_of,
+    load_weights,
+    saved_tensors,
+)
 from hf_prefix.sharing.export import check_format
 from hf_prefix.sharing.folding import AttentionModule, fold, is_folded
 
@@ -114,7 +119,8 @@ def read_config(folder: str) -> PrefixConfig:
         ) from error
     if not isinstance(config, PrefixConfig):
         raise PrefixError(f"{folder!r} holds a {config.peft_type} adapter, not a prefix; give the folder of a prefix.")
-    return config
+    # Once more by its own class, which checks the weights as well.
+    return PrefixConfig.from_pretrained(folder)
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -128,14 +134,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         UnsupportedCallError: They are pickled, or divided among several files.
     """
     check_format(folder)
-    try:
-        weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
-    except (ValueError, SafetensorError) as error:
-        raise PrefixMismatchError(
-            f"The weights in {str(folder)!r} cannot be read ({error}). Download or save them again."
-        ) from error
-    # Copies, because arithmetic on a mapped file differs from the model's in the last bits.
-    return {name: tensor.clone() for name, tensor in weights.items()}
+    return load_weights(folder)
 
 
 def _check_plain(config: PrefixConfig) -> None:
