@@ -23,7 +23,6 @@ from hf_prefix import (
     PrefixFileError,
     PrefixMismatchError,
     PrefixNotLoadedError,
-    UnsupportedCallError,
 )
 from hf_prefix.attention.layer import PrefixLayer
 from hf_prefix.prefix.key_value import KeyValuePrefix
@@ -576,7 +575,7 @@ def test_folders_without_a_whole_prefix_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pickled").mkdir()
     attach().peft_config["default"].save_pretrained(tmp_path / "pickled")
     (tmp_path / "pickled" / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(UnsupportedCallError, match="pickle file"):
+    with pytest.raises(PrefixFileError, match="pickle file"):
         SavedPrefix.load(tmp_path / "pickled")
 
 

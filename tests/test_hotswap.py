@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from adapters import BART, GPT2, LLAMA, WEIGHTS, attach, edited_weights, logits, prefix_config, prefix_parameters
 from families import Family, build, tokens
-from hf_prefix import PrefixError, PrefixMismatchError, hotswap_prefix
+from hf_prefix import PrefixError, PrefixFileError, PrefixMismatchError, hotswap_prefix
 
 
 def saved(folder: Path, family: Family = LLAMA, seed: int = 1, **options: Any) -> str:
@@ -183,7 +183,7 @@ def test_what_is_no_prefix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PrefixError, match="not a prefix"):
         hotswap_prefix(model, str(tmp_path / "lora"))
     (tmp_path / "first" / WEIGHTS).unlink()
-    with pytest.raises(PrefixMismatchError, match="cannot be read"):
+    with pytest.raises(PrefixFileError, match="holds a configuration, but no adapter_model"):
         hotswap_prefix(model, str(tmp_path / "first"))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapters import GPT2, LLAMA, attach, edited_weights, hook_count, logits, one_step, prefix_config
 from families import build
-from hf_prefix import PrefixError, PrefixMismatchError, PrefixPool, hotswap_prefix
+from hf_prefix import PrefixError, PrefixFileError, PrefixMismatchError, PrefixPool, hotswap_prefix
 from hf_prefix.serving.adapter_files import AdapterFiles
 
 USERS = ["ann", "bob", "cid", "dan", "eve"]
@@ -139,7 +139,7 @@ def test_a_folder_that_is_gone_or_damaged(folders: dict[str, str], tmp_path: Pat
     pool.register("damaged", str(damaged))
     pool.ready(["ann"])
     (lost / "adapter_model.safetensors").unlink()
-    with pytest.raises(PrefixMismatchError, match="cannot be read"):
+    with pytest.raises(PrefixFileError, match="holds a configuration, but no adapter_model"):
         pool.ready(["lost"])
     assert pool.residency("ann") == "device"
     with edited_weights(damaged) as weights:

@@ -9,7 +9,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_prefix.errors import PrefixError, PrefixMismatchError
+from hf_prefix.errors import PrefixError, PrefixFileError, PrefixMismatchError
 from hf_prefix.prefix.key_value import KeyValuePrefix
 from hf_prefix.sharing.weights_file import find_weights, read_header
 
@@ -50,12 +50,11 @@ def load_weights(folder: str | Path) -> dict[str, Tensor]:
         folder: Folder or Hub id.
 
     Raises:
-        PrefixFileError: The file is malformed or pickled.
-        PrefixError: There is none.
+        PrefixFileError: The file is missing, malformed or pickled.
     """
     file = find_weights(folder)
     if file is None:
-        raise PrefixError(f"{str(folder)!r} holds a configuration, but no {SAFETENSORS_WEIGHTS_NAME}.")
+        raise PrefixFileError(f"{str(folder)!r} holds a configuration, but no {SAFETENSORS_WEIGHTS_NAME}.")
     read_header(file)
     # Copies, because arithmetic on a mapped file differs from the model's in the last bits.
     return {name: tensor.clone() for name, tensor in load_file(file).items()}

@@ -39,6 +39,7 @@ _ADAPTER_TAG = "base_model:adapter:"
 _NO_OPTIONS = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode", "initialized", "attention_modules"),
     *("base_model_name_or_path", "base_fingerprint", "format_version", "revision", "num_virtual_tokens"),
+    "weights_sha256",
     *("prefix_projection", "embedding_only", "prefix_init_text", "prefix_init_token_ids", "tokenizer_name_or_path"),
 }
 """Entries of a configuration that the card has in another place, that say nothing of the prefix, or that are text."""
