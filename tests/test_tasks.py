@@ -214,7 +214,7 @@ class TestTaskFolders:
         write_gzip_rows(tmp_path / "dev.jsonl.gz", [e2e_row()])
         with pytest.raises(DataError, match="e2e has no split 'test_seen'; its splits are train, dev, test"):
             load_task_folder(tmp_path, "test_seen")
-        with pytest.raises(DataError, match="e2e has no linearization 'tokens'; it has words"):
+        with pytest.raises(DataError, match="e2e has no linearization 'tokens'; it has words, paper"):
             E2E.load(tmp_path, "dev", linearization="tokens")
         with pytest.raises(DataError, match=r"has no train\.jsonl\.gz, which e2e needs for split 'train'"):
             E2E.load(tmp_path, "train")
@@ -273,6 +273,22 @@ class TestRealCorpora:
         for record in load_task_folder(CORPORA / corpus, "dev"):
             assert "_" not in record.source
             assert all(2 <= len(part.split(" : ")) <= 3 for part in record.source.split(" | "))
+
+    @pytest.mark.parametrize("split", ["dev", "test"])
+    def test_e2e_sources_are_those_of_the_original_files(self, split: str):
+        """In the same order, too; the original files have one line per reference."""
+        path = CORPORA / "e2e_prefixtuning" / f"{split}.jsonl.gz"
+        original = [record.source for record in read_records(path)]
+        loaded = load_task_folder(CORPORA / "e2e", split, linearization="paper")
+        assert [record.source for record in loaded] == original
+
+    def test_only_the_first_webnlg_test_entry_lacks_the_bar(self):
+        sources = {
+            split: [record.source for record in load_task_folder(CORPORA / "webnlg2017", split, linearization="paper")]
+            for split in WEBNLG.splits
+        }
+        without = [(split, i) for split in sources for i, text in enumerate(sources[split]) if text[:3] != " | "]
+        assert without == [("test_seen", 0)]
 
     def test_folders_of_other_formats_are_refused(self):
         with pytest.raises(DataError, match="no known task format"):

@@ -1,7 +1,7 @@
 """Prepares a training: puts a new prefix on a base model and encodes the pairs for it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft import PeftModel, get_peft_model
 
@@ -9,7 +9,8 @@ from hf_prefix import PrefixConfig
 from hf_prefix.cli.loading import Base
 from hf_prefix.cli.options import Initialization, ProjectionInitialization
 from hf_prefix.errors import DataError, PrefixError
-from hf_prefix.training import EncodedPair, PairCollator, PairEncoder, resolve_pad_token_id
+from hf_prefix.tasks import Linearization
+from hf_prefix.training import EncodedPair, PairCollator, PairEncoder, resolve_bos, resolve_pad_token_id
 
 DEFAULT_LENGTH = 10
 """Length of a prefix (in virtual tokens) unless the user, or the text it starts from, decides it."""
@@ -84,11 +85,31 @@ class Encoding:
         prompt_template: Text around the source; None: the default of `PairEncoder`.
         max_length: Most tokens per pair; None: what the model's context allows.
         skip_too_long: Leave out longer pairs instead of raising.
+        target_template: Text around the target; None: none.
     """
 
     prompt_template: str | None = None
     max_length: int | None = None
     skip_too_long: bool = False
+    target_template: str | None = None
+
+    def for_base(self, base: Base, layout: Linearization | None) -> "Encoding":
+        """Return this encoding with every template decided.
+
+        Args:
+            base: The base model; its own token stands for `{bos}` then, as those who only use the prefix need it.
+            layout: The linearisation, whose templates count where the user gave none and the model is decoder-only.
+
+        Raises:
+            DataError: A template asks for a token that the tokenizer lacks.
+        """
+        prompt, target = self.prompt_template, self.target_template
+        if layout is not None and not base.is_encoder_decoder:
+            prompt = layout.prompt_template if prompt is None else prompt
+            target = layout.target_template if target is None else target
+        if prompt is not None:
+            prompt = resolve_bos(prompt, base.tokenizer)
+        return replace(self, prompt_template=prompt, target_template=target)
 
     def encode(
         self, base: Base, pairs: Sequence[tuple[str, str]], num_virtual_tokens: int
@@ -115,7 +136,9 @@ class Encoding:
                 f"{base.name.model!r} leaves beside {num_virtual_tokens} virtual tokens."
             )
         limit = self.max_length if self.max_length is not None else context
-        encoder = PairEncoder(base.tokenizer, base.is_encoder_decoder, limit, self.prompt_template)
+        encoder = PairEncoder(
+            base.tokenizer, base.is_encoder_decoder, limit, self.prompt_template, self.target_template
+        )
         encoded = encoder.encode_pairs(pairs, skip_too_long=self.skip_too_long)
         return encoded, PairCollator(resolve_pad_token_id(base.tokenizer), base.is_encoder_decoder)
 

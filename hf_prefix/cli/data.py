@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from hf_prefix.errors import DataError
-from hf_prefix.tasks import Record, load_task_folder, read_records
+from hf_prefix.tasks import Linearization, Record, load_task_folder, read_records, recognize_format
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class FileSource:
     path: Path
     source_column: str = "source"
     target_column: str = "target"
+
+    @property
+    def layout(self) -> None:
+        """Texts of a file are taken as they are."""
+        return None
 
     def read(self, limit: int | None = None, seed: int = 0) -> list[Record]:
         """Read the records.
@@ -52,10 +57,17 @@ class FolderSource:
     Args:
         folder: The folder.
         splits: The splits.
+        linearization: How structured inputs are written; None: the format's default.
     """
 
     folder: Path
     splits: Sequence[str]
+    linearization: str | None = None
+
+    @property
+    def layout(self) -> Linearization:
+        """The linearisation, with the templates that belong to it in decoder-only models."""
+        return recognize_format(self.folder).linearization(self.linearization)
 
     def read(self, limit: int | None = None, seed: int = 0) -> list[Record]:
         """Read the records.
@@ -70,7 +82,9 @@ class FolderSource:
         return [
             record
             for split in self.splits
-            for record in load_task_folder(self.folder, split, limit_entries=limit, seed=seed)
+            for record in load_task_folder(
+                self.folder, split, linearization=self.linearization, limit_entries=limit, seed=seed
+            )
         ]
 
 
@@ -78,7 +92,12 @@ RecordSource = FileSource | FolderSource
 
 
 def choose_source(
-    data: Path | None, task_folder: Path | None, splits: Sequence[str], source_column: str, target_column: str
+    data: Path | None,
+    task_folder: Path | None,
+    splits: Sequence[str],
+    source_column: str,
+    target_column: str,
+    linearization: str | None = None,
 ) -> RecordSource:
     """Turn the options of a command into the one source that they name.
 
@@ -88,23 +107,31 @@ def choose_source(
         splits: Splits of the corpus folder.
         source_column: Column of the file with the input.
         target_column: Column of the file with the output.
+        linearization: How the corpus folder's inputs are written.
 
     Raises:
-        typer.BadParameter: They name none or two sources, or splits do not go with the source.
+        typer.BadParameter: They name none or two sources, or splits or linearisation do not go with the source.
     """
     if data is not None and task_folder is None:
         if splits:
             raise typer.BadParameter("--split belongs to --task-folder; a --data file has no splits.")
+        if linearization is not None:
+            raise typer.BadParameter("--linearization belongs to --task-folder; texts of a --data file are ready.")
         return FileSource(data, source_column, target_column)
     if task_folder is not None and data is None:
         if not splits:
             raise typer.BadParameter("--task-folder needs --split, for example --split test.")
-        return FolderSource(task_folder, splits)
+        return FolderSource(task_folder, splits, linearization)
     raise typer.BadParameter("give either a data file (--data) or a corpus folder (--task-folder).")
 
 
 def choose_dev_source(
-    dev_data: Path | None, dev_split: str | None, task_folder: Path | None, source_column: str, target_column: str
+    dev_data: Path | None,
+    dev_split: str | None,
+    task_folder: Path | None,
+    source_column: str,
+    target_column: str,
+    linearization: str | None = None,
 ) -> RecordSource | None:
     """Turn the options about dev data into their source.
 
@@ -114,6 +141,7 @@ def choose_dev_source(
         task_folder: The corpus folder that training reads.
         source_column: Column of the file with the input.
         target_column: Column of the file with the output.
+        linearization: How the corpus folder's inputs are written.
 
     Returns:
         The source; None where there is no dev data.
@@ -129,7 +157,7 @@ def choose_dev_source(
         return None
     if task_folder is None:
         raise typer.BadParameter("--dev-split belongs to --task-folder; use --dev-data.")
-    return FolderSource(task_folder, [dev_split])
+    return FolderSource(task_folder, [dev_split], linearization)
 
 
 def read_lines(path: Path | None) -> list[str]:

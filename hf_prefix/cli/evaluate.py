@@ -14,6 +14,7 @@ from hf_prefix.cli.console import say, stdout_console
 from hf_prefix.cli.data import FileSource, FolderSource, RecordSource, choose_source
 from hf_prefix.cli.hub import find_prefix
 from hf_prefix.cli.loading import TrainedPrefix, load_prefix
+from hf_prefix.cli.run_files import read_training_record
 from hf_prefix.cli.scoring import (
     ALL,
     SystemScores,
@@ -96,6 +97,7 @@ def evaluate(
     split: Annotated[list[str] | None, typer.Option(help="Split of --task-folder; may be repeated.")] = None,
     source_column: options.SourceColumn = "source",
     target_column: options.TargetColumn = "target",
+    linearization: options.LinearizationName = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Score a random sample of so many records of the file or of each split.")
     ] = None,
@@ -119,11 +121,14 @@ def evaluate(
     predictions: Annotated[Path | None, typer.Option(help="Write every text to this file (JSON Lines).")] = None,
 ) -> None:
     """Print corpus BLEU of the prefix, and of baselines, over all records and by group."""
-    source = choose_source(data, task_folder, split or (), source_column, target_column)
+    folder = find_prefix(prefix, revision)
+    if task_folder is not None and linearization is None:
+        linearization = read_training_record(folder).arguments.get("linearization")
+    source = choose_source(data, task_folder, split or (), source_column, target_column, linearization)
     records = source.read(limit, seed)
-    examples = _example_source(train_data, task_folder, train_split, source_column, target_column)
+    examples = _example_source(train_data, task_folder, train_split, source_column, target_column, linearization)
     baselines = Baselines(baseline or (), examples, instruction, seed).build()
-    trained = load_prefix(find_prefix(prefix, revision), model, gguf_file)
+    trained = load_prefix(folder, model, gguf_file)
     settings = decoding_settings(trained.record, max_new_tokens, num_beams, batch_size)
     scores = [_score_baseline(trained, name, asked, records, settings) for name, asked in baselines.items()]
     sources = [record.source for record in records]
@@ -138,12 +143,17 @@ def evaluate(
 
 
 def _example_source(
-    train_data: Path | None, task_folder: Path | None, train_split: str | None, source_column: str, target_column: str
+    train_data: Path | None,
+    task_folder: Path | None,
+    train_split: str | None,
+    source_column: str,
+    target_column: str,
+    linearization: str | None,
 ) -> RecordSource | None:
     if train_data is not None:
         return FileSource(train_data, source_column, target_column)
     if task_folder is not None:
-        return FolderSource(task_folder, [train_split or "train"])
+        return FolderSource(task_folder, [train_split or "train"], linearization)
     if train_split is not None:
         raise typer.BadParameter("--train-split belongs to --task-folder; use --train-data.")
     return None

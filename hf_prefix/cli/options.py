@@ -55,6 +55,15 @@ SourceColumn = Annotated[
 TargetColumn = Annotated[
     str, typer.Option("--target-column", help="Column of --data with the wanted output.", rich_help_panel=DATA_PANEL)
 ]
+LinearizationName = Annotated[
+    str | None,
+    typer.Option(
+        "--linearization",
+        help="How inputs of --task-folder are written: 'words', or 'paper' as in the paper's code. Default: that of "
+        "the prefix's training, else the folder's first.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random: start, order, samples.")]
 MaxNewTokens = Annotated[
     int,

@@ -53,9 +53,16 @@ def train(
     limit_entries: Annotated[
         int | None, typer.Option(min=1, help="Train on a random sample of so many records.", rich_help_panel=_DATA)
     ] = None,
+    linearization: options.LinearizationName = None,
     prompt_template: Annotated[
         str | None,
-        typer.Option(help="Text around the {source} (default: source and line break).", rich_help_panel=_DATA),
+        typer.Option(
+            help="Text around the {source}; {bos}: the model's first token (default: source and line break).",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    target_template: Annotated[
+        str | None, typer.Option(help="Text around the {target} (default: none).", rich_help_panel=_DATA)
     ] = None,
     max_length: Annotated[
         int | None,
@@ -174,11 +181,11 @@ def train(
 
     Ctrl-C ends the training after the running step and saves what was learned.
     """
-    dev_source = choose_dev_source(dev_data, dev_split, task_folder, source_column, target_column)
+    dev_source = choose_dev_source(dev_data, dev_split, task_folder, source_column, target_column, linearization)
     _check_belongings(dev_source, save_steps, (dev_limit, eval_steps, dev_bleu or None), resume)
     check_output_folder(output, overwrite)
     splits = [split or "train"] if task_folder is not None else [split] if split else []
-    source = choose_source(data, task_folder, splits, source_column, target_column)
+    source = choose_source(data, task_folder, splits, source_column, target_column, linearization)
     pairs = training_pairs(source.read(limit_entries, seed))
     dev = None if dev_source is None else DevData(dev_source.read(dev_limit, seed), eval_steps, dev_bleu)
     compute = choose_compute(dtype)
@@ -189,7 +196,7 @@ def train(
         NewPrefix(
             num_virtual_tokens, projection, hidden_size, init, init_text, seed, projection_init, num_frozen_tokens
         ),
-        Encoding(prompt_template, max_length, skip_too_long),
+        Encoding(prompt_template, max_length, skip_too_long, target_template).for_base(base, source.layout),
         FitSettings(
             learning_rate,
             batch_size,

@@ -2,7 +2,8 @@
 
 from hf_prefix.tasks.data_to_text import E2E, WEBNLG
 from hf_prefix.tasks.folders import TASK_FORMATS, load_task_folder, recognize_format
-from hf_prefix.tasks.linearization import linearize_slots, linearize_triples
+from hf_prefix.tasks.linearization import Linearization, linearize_slots, linearize_triples
+from hf_prefix.tasks.paper_linearization import paper_dart_triples, paper_slots, paper_webnlg_triples
 from hf_prefix.tasks.records import Record, read_records, training_pairs
 from hf_prefix.tasks.task_format import TaskFormat
 
@@ -10,11 +11,15 @@ __all__ = [
     "E2E",
     "TASK_FORMATS",
     "WEBNLG",
+    "Linearization",
     "Record",
     "TaskFormat",
     "linearize_slots",
     "linearize_triples",
     "load_task_folder",
+    "paper_dart_triples",
+    "paper_slots",
+    "paper_webnlg_triples",
     "read_records",
     "recognize_format",
     "training_pairs",

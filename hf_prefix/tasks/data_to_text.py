@@ -1,6 +1,7 @@
 """Data-to-text corpora: WebNLG 2017 (triples) and E2E (slots) as task formats."""
 
-from hf_prefix.tasks.linearization import slots_source, triples_source
+from hf_prefix.tasks.linearization import SLOTS_AS_WORDS, TRIPLES_AS_WORDS
+from hf_prefix.tasks.paper_linearization import PAPER_E2E, PAPER_WEBNLG
 from hf_prefix.tasks.rows import Row
 from hf_prefix.tasks.task_format import TaskFormat
 
@@ -35,7 +36,7 @@ WEBNLG = TaskFormat(
     name="webnlg",
     splits=("train", "dev", "test_seen", "test_unseen"),
     columns=("triples", "references", "comments", "seen"),
-    linearizations={"words": triples_source},
+    linearizations={"words": TRIPLES_AS_WORDS, "paper": PAPER_WEBNLG},
     references=_webnlg_references,
     group=_webnlg_group,
 )
@@ -43,7 +44,7 @@ E2E = TaskFormat(
     name="e2e",
     splits=("train", "dev", "test"),
     columns=("slots", "references"),
-    linearizations={"words": slots_source},
+    linearizations={"words": SLOTS_AS_WORDS, "paper": PAPER_E2E},
     references=_e2e_references,
     group=_no_group,
 )

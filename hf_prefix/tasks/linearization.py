@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from hf_prefix.tasks.rows import Row
 
-Linearization = Callable[[Row], str]
-"""From a row of a corpus to the source text of its record."""
+
+@dataclass(frozen=True)
+class Linearization:
+    """How a corpus' inputs are written.
+
+    Attributes:
+        source: From a row to the source text of its record.
+        prompt_template: The text around the source that belongs to it in decoder-only models; see
+            `hf_prefix.training.PairEncoder`. None: the default there.
+        target_template: The text around the target, likewise.
+    """
+
+    source: Callable[[Row], str]
+    prompt_template: str | None = None
+    target_template: str | None = None
+
 
 # Where camel case starts a new word: cityServed -> city|Served, UTCOffset -> UTC|Offset.
 _CAMEL_BOUNDARY = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -41,14 +56,26 @@ def linearize_slots(slots: Sequence[Sequence[str]]) -> str:
     return " | ".join(f"{name} : {value}" for name, value in slots)
 
 
-def triples_source(row: Row) -> str:
-    """Linearises the `triples` of a row; see `linearize_triples`."""
-    return linearize_triples(_tuples(row, "triples", 3))
+def triples_of(row: Row) -> list[list[str]]:
+    """Returns the `triples` of a row: [subject, property, object] each, at least one.
+
+    Raises:
+        DataError: The column is missing or holds something else.
+    """
+    return _tuples(row, "triples", 3)
 
 
-def slots_source(row: Row) -> str:
-    """Linearises the `slots` of a row; see `linearize_slots`."""
-    return linearize_slots(_tuples(row, "slots", 2))
+def slots_of(row: Row) -> list[list[str]]:
+    """Returns the `slots` of a row: [name, value] each, at least one.
+
+    Raises:
+        DataError: The column is missing or holds something else.
+    """
+    return _tuples(row, "slots", 2)
+
+
+TRIPLES_AS_WORDS = Linearization(lambda row: linearize_triples(triples_of(row)))
+SLOTS_AS_WORDS = Linearization(lambda row: linearize_slots(slots_of(row)))
 
 
 def _tuples(row: Row, column: str, width: int) -> list[list[str]]:

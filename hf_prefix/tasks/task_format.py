@@ -24,7 +24,7 @@ class TaskFormat:
         name: What the format is called in messages, such as "webnlg".
         splits: The splits; each is the file `<split>.jsonl.gz` or `<split>.jsonl`.
         columns: The columns that rows of this format have and rows of the other formats do not have together.
-        linearizations: Name to function; the first is the default.
+        linearizations: By name; the first is the default.
         references: From a row and its split to the reference texts; no text leaves the row out.
         group: From a row to the record's group.
     """
@@ -81,13 +81,20 @@ class TaskFormat:
         path = _find_file(Path(folder), split)
         if path is None:
             raise DataError(f"{folder} has no {split}{_SUFFIXES[0]}, which {self.name} needs for split {split!r}")
-        linearize = self._linearization(linearization)
-        records = list(self._records(path, split, linearize))
+        records = list(self._records(path, split, self.linearization(linearization).source))
         if not records:
             raise DataError(f"{path} has no row with a usable reference for split {split!r}")
         return records if limit_entries is None else _sample(records, limit_entries, seed, path)
 
-    def _linearization(self, name: str | None) -> Linearization:
+    def linearization(self, name: str | None = None) -> Linearization:
+        """Returns a linearisation of this format.
+
+        Args:
+            name: One of `linearizations`; the first of them if None.
+
+        Raises:
+            DataError: There is none of that name.
+        """
         if name is None:
             return next(iter(self.linearizations.values()))
         if name not in self.linearizations:
@@ -95,7 +102,7 @@ class TaskFormat:
             raise DataError(f"{self.name} has no linearization {name!r}; it has {known}")
         return self.linearizations[name]
 
-    def _records(self, path: Path, split: str, linearize: Linearization) -> Iterator[Record]:
+    def _records(self, path: Path, split: str, linearize: Callable[[Row], str]) -> Iterator[Record]:
         for row in iterate_rows(path):
             references = self.references(row, split)
             if references:

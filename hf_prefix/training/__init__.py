@@ -9,6 +9,7 @@ from hf_prefix.training.encoding import (
     EncodedPair,
     PairEncoder,
     context_length,
+    resolve_bos,
     resolve_pad_token_id,
 )
 from hf_prefix.training.generation import DecodingSettings, generate_from_ids, generate_texts
@@ -33,6 +34,7 @@ __all__ = [
     "generate_from_ids",
     "generate_texts",
     "paper_arguments",
+    "resolve_bos",
     "resolve_pad_token_id",
     "without_base_dropout",
 ]

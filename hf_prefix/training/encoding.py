@@ -17,7 +17,7 @@ IGNORE_INDEX = -100
 DEFAULT_PROMPT_TEMPLATE = "{source}\n"
 """What a decoder-only model reads before the target: the source and a line break, nothing else."""
 
-_SOURCE = "{source}"
+_SOURCE, _TARGET, _BOS = "{source}", "{target}", "{bos}"
 
 
 class EncodedPair(TypedDict):
@@ -47,18 +47,23 @@ class PairEncoder:
         is_encoder_decoder: Whether the model reads the source in an encoder of its own.
         max_length: Most tokens a pair may have: prompt, target and end token together in a decoder-only
             model, each side alone in an encoder-decoder model. None: no limit.
-        prompt_template: Text around the source; `{source}` stands for it. None: `DEFAULT_PROMPT_TEMPLATE` for
-            decoder-only models, the bare source for encoder-decoder models.
+        prompt_template: Text around the source; `{source}` stands for it, `{bos}` for the tokenizer's
+            beginning-of-sequence token. None: `DEFAULT_PROMPT_TEMPLATE` for decoder-only models, the bare source for
+            encoder-decoder models.
+        target_template: Text around the target; `{target}` stands for it. None: the bare target.
 
     Raises:
-        DataError: The template has no `{source}`, or the tokenizer has no end-of-sequence token.
+        DataError: A template lacks `{source}` or `{target}`, or the tokenizer has no end-of-sequence token, or no
+            beginning-of-sequence token for `{bos}`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     is_encoder_decoder: bool = False
     max_length: int | None = None
     prompt_template: str | None = None
+    target_template: str | None = None
     _template: str = field(init=False, repr=False)
+    _appends_end: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         template = self.prompt_template
@@ -66,12 +71,15 @@ class PairEncoder:
             template = _SOURCE if self.is_encoder_decoder else DEFAULT_PROMPT_TEMPLATE
         if _SOURCE not in template:
             raise DataError(f"The prompt template must contain {_SOURCE!r}, got {template!r}.")
+        if self.target_template is not None and _TARGET not in self.target_template:
+            raise DataError(f"The target template must contain {_TARGET!r}, got {self.target_template!r}.")
         if self.tokenizer.eos_token_id is None:
             raise DataError(
                 f"The tokenizer {self.tokenizer.name_or_path!r} has no end-of-sequence token, so the model "
                 "could not learn where a text ends. Set one, for example tokenizer.eos_token = '</s>'."
             )
-        object.__setattr__(self, "_template", template)
+        object.__setattr__(self, "_template", resolve_bos(template, self.tokenizer))
+        object.__setattr__(self, "_appends_end", self._tokenizer_appends_end())
 
     def encode_prompts(self, sources: Sequence[str]) -> list[list[int]]:
         """Return the ids that the model reads before the target, one list per source.
@@ -80,7 +88,8 @@ class PairEncoder:
             sources: The source texts.
         """
         rows = self._tokenize([self._template.replace(_SOURCE, source) for source in sources], special=True)
-        return rows if self.is_encoder_decoder else [self._without_end(row) for row in rows]
+        # A prompt goes on after an end token that the tokenizer put there, but not one that the template did.
+        return [row[:-1] for row in rows] if self._appends_end and not self.is_encoder_decoder else rows
 
     def encode_targets(self, targets: Sequence[str]) -> list[list[int]]:
         """Return the ids that the model is to produce, end token included, one list per target.
@@ -90,7 +99,8 @@ class PairEncoder:
         """
         end = self.tokenizer.eos_token_id
         # Encoder-decoder tokenizers add their own frame (BART: <s> ... </s>), which the model was trained on.
-        rows = self._tokenize(targets, special=self.is_encoder_decoder, as_target=True)
+        texts = [(self.target_template or _TARGET).replace(_TARGET, target) for target in targets]
+        rows = self._tokenize(texts, special=self.is_encoder_decoder, as_target=True)
         return [[*self._without_end(row), end] for row in rows]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, skip_too_long: bool = False) -> list[EncodedPair]:
@@ -136,8 +146,14 @@ class PairEncoder:
         rows: list[list[int]] = encoded["input_ids"]
         return rows
 
+    def _tokenizer_appends_end(self) -> bool:
+        """Tell whether the tokenizer puts its end token on every text."""
+        (framed,), (bare,) = (self._tokenize(["a"], special=special) for special in (True, False))
+        # Where the tokens of the text itself come last, an end token is in front: some use it as their first token.
+        return framed[-1:] == [self.tokenizer.eos_token_id] and (not bare or framed[-len(bare) :] != bare)
+
     def _without_end(self, ids: list[int]) -> list[int]:
-        """Drop the end token that some tokenizers put on every text: a prompt goes on after it."""
+        """Drop the end token that some tokenizers put on every text."""
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def _length(self, prompt: list[int], target: list[int]) -> int:
@@ -154,6 +170,26 @@ class PairEncoder:
             "it, leave such pairs out with --skip-too-long (skip_too_long=True), or raise --max-length "
             "(max_length) if the model's context allows it. Nothing is truncated silently."
         )
+
+
+def resolve_bos(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a template with the beginning-of-sequence token in place of `{bos}`.
+
+    Args:
+        template: Text around a source.
+        tokenizer: Tokenizer of the base model.
+
+    Raises:
+        DataError: The template asks for the token and the tokenizer has none.
+    """
+    if _BOS not in template:
+        return template
+    if tokenizer.bos_token is None:
+        raise DataError(
+            f"The template {template!r} asks for a beginning-of-sequence token ({_BOS}), which the tokenizer "
+            f"{tokenizer.name_or_path!r} lacks; set one, or write another token or none."
+        )
+    return template.replace(_BOS, str(tokenizer.bos_token))
 
 
 def context_length(config: PretrainedConfig, num_virtual_tokens: int = 0) -> int | None:
