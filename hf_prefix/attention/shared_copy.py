@@ -105,12 +105,15 @@ class SharedCopy:
         """
         self._handover, self._backend = None, attention_backend(module)
         is_direct = self._is_direct.get(self._backend)
-        if not self.is_possible or is_direct is False or not self._is_open_to(module, arguments, extent):
+        if not self.is_possible or is_direct is False:
+            return False
+        # Asked first, since it is quick.
+        if is_direct and not self._is_wanted(prefix_length, rows, extent.device):
+            return False
+        if not self._is_open_to(module, arguments, extent):
             return False
         if is_direct is None:
             self._handover = Handover(cast(AttentionFunction, registered_attention(module)))
-            return False
-        if not self._is_wanted(prefix_length, rows, extent.device):
             return False
         if not self._cross_attention:
             check_kept_apart(self._call, self._stack_name, arguments.get(self._mask_argument))
