@@ -1,6 +1,7 @@
 """Lets `save_pretrained` of a transformers model with adapters of its own save a prefix as PEFT's does."""
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_prefix.attention.replacement import Replacement
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import UnsupportedCallError
+from hf_prefix.sharing.interrupted_save import replaced_as_one
 
 _METHOD = "save_pretrained"
 
@@ -41,10 +43,12 @@ class AdapterSaving:
             return
         options = _options(self._model, *args, **kwargs)
         _check(options)
-        with config.before_its_weights():
-            save(*args, **kwargs)
-        if options["is_main_process"] and _is_first_process():
-            config.save_pretrained(options["save_directory"])
+        folder, writes = options["save_directory"], options["is_main_process"] and _is_first_process()
+        with replaced_as_one(folder) if writes else nullcontext():
+            with config.before_its_weights():
+                save(*args, **kwargs)
+            if writes:
+                config.save_pretrained(folder)
 
     def remove(self) -> None:
         """Uncover the method."""

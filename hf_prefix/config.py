@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig, TaskType
+from peft.utils import CONFIG_NAME
 
 from hf_prefix.errors import PrefixError, PrefixFileError
 from hf_prefix.peft_type import PrefixPeftType
@@ -17,6 +19,7 @@ from hf_prefix.sharing.export import check_format, export_weights, is_checkpoint
 from hf_prefix.sharing.field_types import declared_types, has_type
 from hf_prefix.sharing.fingerprint import BaseFingerprint, check_sample
 from hf_prefix.sharing.folding import AttentionModule
+from hf_prefix.sharing.interrupted_save import finish_interrupted, unfinished, write_whole
 from hf_prefix.sharing.model_card import write_card
 from hf_prefix.sharing.weights_file import check_agrees, check_digest, find_weights, read_configuration, read_header
 
@@ -179,6 +182,7 @@ class PrefixConfig(PeftConfig):
             PrefixFileError: The configuration or the weights are malformed, pickled, or of a later format.
             PrefixMismatchError: The two do not agree.
         """
+        finish_interrupted(Path(pretrained_model_name_or_path, subfolder or ""))
         config: PrefixConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         download, _, _ = cls._split_kwargs(kwargs)
         weights = find_weights(pretrained_model_name_or_path, subfolder, **download)
@@ -259,10 +263,20 @@ class PrefixConfig(PeftConfig):
         if not self._weights_follow and saved._export(save_directory):
             saved.describe_folded()
         saved.weights_sha256 = None if self._weights_follow else saved_digest(save_directory)
-        super(PrefixConfig, saved).save_pretrained(save_directory, **kwargs)
+        saved._write(Path(save_directory), kwargs)
         if not self._weights_follow:
             defaults = {option.name: option.default for option in fields(saved)}
             write_card(Path(save_directory), saved.to_dict(), defaults, is_checkpoint(save_directory))
+
+    def _write(self, folder: Path, options: dict[str, Any]) -> None:
+        """Write the file under its name when it is complete."""
+        folder.mkdir(parents=True, exist_ok=True)
+        place = unfinished(folder)
+        try:
+            super().save_pretrained(place, **options)
+            write_whole(folder, CONFIG_NAME, Path(place, CONFIG_NAME))
+        finally:
+            shutil.rmtree(place)
 
     @contextmanager
     def before_its_weights(self) -> Iterator[None]:

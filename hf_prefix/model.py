@@ -26,6 +26,7 @@ from hf_prefix.config import PrefixConfig
 from hf_prefix.direct_attachment import DirectAttachment
 from hf_prefix.errors import PrefixError, UnsupportedCallError
 from hf_prefix.initialization import Start, Starter
+from hf_prefix.peft_saving import cover_saving
 from hf_prefix.peft_type import PARAMETER_PREFIX
 from hf_prefix.prefix.embedding_only import EmbeddedPrefix, PrefixEmbedding
 from hf_prefix.prefix.encoders import DirectPrefix, PrefixEncoder, PrefixShape, SharedPart
@@ -63,6 +64,10 @@ class PrefixModel(DirectAttachment):
 
     _start: Start | None
     _embeddings: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        cover_saving(self)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach a prefix.

@@ -24,6 +24,7 @@ from hf_prefix.sharing.checkpoint import (
 )
 from hf_prefix.sharing.export import check_format
 from hf_prefix.sharing.folding import AttentionModule, fold, is_folded
+from hf_prefix.sharing.interrupted_save import replaced_as_one
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +95,12 @@ class SavedPrefix:
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = saved_tensors(self.key_values, self.config.num_frozen_tokens)
-        save_file(tensors, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        # After the weights, which it checks.
         config = copy.copy(self.config)
         config.inference_mode = True
-        config.save_pretrained(str(folder))
+        with replaced_as_one(folder):
+            save_file(tensors, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            # After the weights, which it checks.
+            config.save_pretrained(str(folder))
 
 
 def read_config(folder: str) -> PrefixConfig:
