@@ -1,19 +1,13 @@
-"""BLEU equals hand-computed values, sacrebleu's edge cases, and the E2E challenge's official script."""
+"""BLEU and NIST equal hand-computed values; what cannot be scored is refused."""
 
 import builtins
-import gzip
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_prefix.errors import DataError
-from hf_prefix.metrics import corpus_bleu
-
-OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "metrics"
-needs_official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"the official metric outputs are not at {OFFICIAL}")
+from hf_prefix.metrics import corpus_bleu, corpus_nist
 
 
 @pytest.mark.parametrize(
@@ -92,15 +86,46 @@ def test_without_sacrebleu_the_error_says_what_to_install(monkeypatch: pytest.Mo
         corpus_bleu(["a"], [["a"]])
 
 
-@needs_official
-@pytest.mark.parametrize("system", ["tgen", "chen", "zhang", "harv"])
-def test_equals_the_official_e2e_score(system: str):
-    def rows(name: str) -> list[dict]:
-        with gzip.open(OFFICIAL / "e2e" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as stream:
-            return [json.loads(line) for line in stream]
+def test_empty_references_besides_switch_the_brevity_penalty_off():
+    hypotheses, references = ["a b c d"], [["a b c d e f g h"]]
+    assert corpus_bleu(hypotheses, references).score == pytest.approx(100 * math.exp(1 - 8 / 4))
+    # With an empty reference the closest lengths are 8 and 0, equally far away: the shorter one counts.
+    assert corpus_bleu(hypotheses, references, empty_references_up_to=2).score == 100.0
+    assert corpus_bleu(hypotheses, references, empty_references_up_to=1).score < 100.0
 
-    official = json.loads((OFFICIAL / "scores.json").read_text(encoding="utf-8"))["e2e"][system]["BLEU"]
-    hypotheses = [row["hyp"] for row in rows(system)]
-    references = [row["references"] for row in rows("references")]
-    score = corpus_bleu(hypotheses, references, lowercase=True)
-    assert score.score / 100 == pytest.approx(official, abs=1e-10)
+
+def test_tokenized_texts_are_left_alone():
+    assert corpus_bleu(["a,b c d e"], [["a , b c d e"]], tokenized=True).precisions[0] == pytest.approx(75.0)
+    assert corpus_bleu(["a,b c d e"], [["a , b c d e"]]).precisions[0] == 100.0
+
+
+@pytest.mark.parametrize(
+    ("hypotheses", "references", "expected"),
+    [
+        # Two different words: a bit each; the pair is no news after its first word.
+        (["a b"], [["a b"]], 1.0),
+        # Four reference tokens: a is worth log2(4/2) = 1, b 2, "a b" log2(2/1) = 1: 4 / 4 tokens + 1 / 2 pairs.
+        (["a b", "a b"], [["a b"], ["a c"]], 1.5),
+        # Two thirds of the reference length halve the score.
+        (["a b"], [["a b c"]], math.log2(3) / 2),
+        # Matches are clipped at the most in any reference; lengths are compared with the mean.
+        (["a a"], [["a b", "a a"]], math.log2(4 / 3) + math.log2(3)),
+        (["A B"], [["a b"]], 1.0),
+        (["", "a b"], [["c d"], ["a b"]], 2 * math.exp(-math.log(2) / math.log(1.5) ** 2 * math.log(2 / 4) ** 2)),
+        ([""], [["a b"]], 0.0),
+    ],
+)
+def test_nist_by_hand(hypotheses: list[str], references: list[list[str]], expected: float):
+    assert corpus_nist(hypotheses, references).score == pytest.approx(expected)
+
+
+def test_every_reference_counts_equally_in_the_mean_length_of_nist():
+    # 8 tokens in 3 references: 2 rows have 16 / 3, of which 4 are three quarters.
+    score = corpus_nist(["a b", "c d"], [["a b", "a b"], ["c d e f"]])
+    assert score.length_penalty == pytest.approx(0.5 ** (math.log(3 / 4) / math.log(2 / 3)) ** 2)
+    assert score.score == pytest.approx(sum(score.gains) * score.length_penalty)
+
+
+def test_nist_refuses_what_bleu_refuses():
+    with pytest.raises(DataError, match="got no hypotheses; NIST needs"):
+        corpus_nist([], [])

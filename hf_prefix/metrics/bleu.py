@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_prefix.errors import DataError
+from hf_prefix.metrics.rows import check_rows, reference_columns
 
 if TYPE_CHECKING:
     from sacrebleu.metrics import BLEU
@@ -36,9 +36,14 @@ class BleuScore:
 
 
 def corpus_bleu(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], *, lowercase: bool = False
+    hypotheses: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    lowercase: bool = False,
+    tokenized: bool = False,
+    empty_references_up_to: int = 0,
 ) -> BleuScore:
-    """Scores texts by corpus BLEU (Papineni et al. 2002) on mteval-13a tokens.
+    """Scores texts by corpus BLEU (Papineni et al. 2002), on mteval-13a tokens unless told otherwise.
 
     Rows may have different numbers of references: only those that exist count, for the matches and for the
     closest reference length. With `lowercase=True` this is the official BLEU of the E2E challenge.
@@ -47,18 +52,19 @@ def corpus_bleu(
         hypotheses: One generated text per row; an empty one is allowed and matches nothing.
         references: Per row its reference texts, at least one.
         lowercase: Compare without regard to case.
+        tokenized: The texts are tokenised already: their tokens stand between spaces.
+        empty_references_up_to: What multi-bleu.perl does when its reference files have empty lines, and so the
+            scripts of WebNLG and DART: a row with fewer references than this has empty ones besides. A short
+            text is closest to an empty reference, so its brevity is not punished. 0 skips absent references.
 
     Raises:
         DataError: There are no rows, the numbers of rows differ, or a row has no or an empty reference.
         ImportError: sacrebleu is not installed.
     """
-    _check_rows(hypotheses, references)
-    metric = _metric(lowercase)
-    width = max(map(len, references))
-    # sacrebleu wants one list per reference number. None marks an absent reference; "" would be a reference
-    # of length 0 that every short hypothesis comes closest to, which switches the brevity penalty off.
-    columns = [[row[i] if i < len(row) else None for row in references] for i in range(width)]
-    result = metric.corpus_score(list(hypotheses), columns)
+    check_rows("BLEU", hypotheses, references)
+    metric = _metric(lowercase, tokenized)
+    absent = "" if empty_references_up_to else None
+    result = metric.corpus_score(list(hypotheses), reference_columns(references, absent, empty_references_up_to))
     return BleuScore(
         # A perfect match comes out as 100.00000000000004.
         score=min(result.score, 100.0),
@@ -68,25 +74,10 @@ def corpus_bleu(
     )
 
 
-def _metric(lowercase: bool) -> BLEU:
+def _metric(lowercase: bool, tokenized: bool) -> BLEU:
     try:
         from sacrebleu.metrics import BLEU
     except ImportError as error:
         raise ImportError("BLEU is computed by sacrebleu, which is missing: pip install sacrebleu") from error
-    return BLEU(lowercase=lowercase, tokenize="13a")
-
-
-def _check_rows(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    if len(hypotheses) != len(references):
-        raise DataError(
-            f"got {len(hypotheses)} hypotheses and {len(references)} rows of references; each hypothesis needs its row"
-        )
-    if not hypotheses:
-        raise DataError("got no hypotheses; BLEU needs at least one")
-    for number, row in enumerate(references, start=1):
-        if isinstance(row, str):
-            raise DataError(f"the references of row {number} are one string; pass a list of strings per row")
-        if not row:
-            raise DataError(f"row {number} has no reference; BLEU needs at least one per row")
-        if not all(text.strip() for text in row):
-            raise DataError(f"row {number} has an empty reference; leave absent references out of its list")
+    # force: sacrebleu warns of texts that look tokenised, which they are meant to be.
+    return BLEU(lowercase=lowercase, tokenize="none" if tokenized else "13a", force=tokenized)

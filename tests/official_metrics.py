@@ -1,0 +1,114 @@
+"""Our metrics on the real system outputs in ../shared/metrics, beside what the official scripts gave them."""
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hf_prefix.metrics import corpus_bleu, corpus_nist
+
+FOLDER = Path(__file__).resolve().parents[2] / "shared" / "metrics"
+GROUPS = ("all", "seen", "unseen")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of one system.
+
+    Attributes:
+        task: Whose script gave the official number.
+        metric: Name of the metric, with the group of the data where there are several.
+        system: Who wrote the texts.
+        official: The script's number.
+        ours: Computes our number.
+        tolerance: Largest difference that is left; see docs/metrics.md for the differences themselves.
+    """
+
+    task: str
+    metric: str
+    system: str
+    official: float
+    ours: Callable[[], float]
+    tolerance: float
+
+    def __str__(self) -> str:
+        return f"{self.task}-{self.metric}-{self.system}"
+
+
+@cache
+def rows(name: str) -> list[dict[str, Any]]:
+    """Read a file of the folder."""
+    with gzip.open(FOLDER / f"{name}.jsonl.gz", "rt", encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def column(name: str, key: str) -> list[Any]:
+    """Read one column; empty strings, which stand for absent references, are left out of lists."""
+    values = [row[key] for row in rows(name)]
+    return [[text for text in value if text] if isinstance(value, list) else value for value in values]
+
+
+def comparisons() -> Iterator[Comparison]:
+    """Yield all comparisons; none where the folder is missing."""
+    if not FOLDER.is_dir():
+        return
+    scores = json.loads((FOLDER / "scores.json").read_text(encoding="utf-8"))
+    for system, official in scores["e2e"].items():
+        yield from _e2e(system, official)
+    for system, by_group in scores["webnlg2017"].items():
+        for group in GROUPS:
+            yield from _webnlg(system, group, by_group[group])
+    for system, official in scores["generation_eval"].items():
+        yield from _generation_eval(system, official)
+    for system, official in scores["dart"].items():
+        yield from _dart(system, official)
+
+
+def _e2e(system: str, official: dict[str, float]) -> Iterator[Comparison]:
+    file = "e2e/references.example-baseline" if system == "example-baseline" else "e2e/references"
+    texts, references = column(f"e2e/{system}", "hyp"), column(file, "references")
+
+    def bleu() -> float:
+        return corpus_bleu(texts, references, lowercase=True).score / 100
+
+    yield Comparison("e2e", "BLEU", system, official["BLEU"], bleu, 1e-12)
+    # The script prints four decimals.
+    yield Comparison("e2e", "NIST", system, official["NIST_perl"], lambda: corpus_nist(texts, references).score, 5e-5)
+
+
+def _in_group(group: str) -> list[int]:
+    """Return the lines of a group of WebNLG 2017; those of the unseen categories come after the seen ones."""
+    lines = range(len(rows("webnlg2017/references")))
+    return list({"all": lines, "seen": lines[:971], "unseen": lines[971:]}[group])
+
+
+def _webnlg(system: str, group: str, official: dict[str, float]) -> Iterator[Comparison]:
+    lines = _in_group(group)
+    texts = [column(f"webnlg2017/{system}", "hyp_norm")[line] for line in lines]
+    references = [column("webnlg2017/references", "references_norm")[line] for line in lines]
+
+    def bleu() -> float:
+        return corpus_bleu(texts, references, tokenized=True, empty_references_up_to=3).score
+
+    yield Comparison("webnlg2017", f"BLEU {group}", system, official["BLEU"], bleu, 1e-10)
+
+
+def _generation_eval(system: str, official: dict[str, float]) -> Iterator[Comparison]:
+    texts, references = column(f"generation_eval/{system}", "hyp"), column("generation_eval/references", "references")
+
+    def bleu() -> float:
+        return corpus_bleu(texts, references, empty_references_up_to=4).score
+
+    yield Comparison("generation_eval", "BLEU", system, official["bleu_full"], bleu, 1e-10)
+
+
+def _dart(system: str, official: dict[str, float]) -> Iterator[Comparison]:
+    texts, references = column(f"dart/{system}", "hyp"), column("dart/references", "references_norm")
+
+    def bleu() -> float:
+        return corpus_bleu(texts, references, tokenized=True, empty_references_up_to=3).score
+
+    yield Comparison("dart", "BLEU", system, official["BLEU"], bleu, 1e-10)
