@@ -37,15 +37,9 @@ from matrix import (
     stepwise_logits,
     trainable,
 )
-from upstream import CACHE, skip_before
+from upstream import CACHE, FLEX_WARNINGS, skip_before
 
-pytestmark = [
-    # transformers 5.23 still sets the flag that torch 2.13 deprecates.
-    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
-    # torch 2.13 uses it itself, in a module that the first compilation imports.
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
-]
+pytestmark = FLEX_WARNINGS
 
 FLEX = [family for family in FAMILIES if family.name != "gpt2"]
 """Families that FlexAttention can be chosen for."""

@@ -29,7 +29,7 @@ from matrix import (
     trainable,
 )
 from test_training_guarantees import in_training
-from upstream import CACHE, checkpoint_activations
+from upstream import CACHE, FLEX_WARNINGS, checkpoint_activations
 from zoo import build as build_zoo
 from zoo import entries
 
@@ -385,8 +385,7 @@ def test_packed_rows_are_refused() -> None:
         with_infix(LLAMA)(input_ids=words, position_ids=places, use_cache=False)
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@FLEX_WARNINGS
 def test_other_backends_are_refused() -> None:
     with pytest.raises(UnsupportedCallError, match=r"needs attn_implementation 'sdpa' or 'eager'.*'flex_attention'"):
         with_infix(LLAMA, "flex_attention")(input_ids=row(5, 4)[None])

@@ -33,7 +33,7 @@ from matrix import (
     rows_of_words,
     stepwise_logits,
 )
-from upstream import CACHE, checkpoint_activations
+from upstream import CACHE, FLEX_WARNINGS, checkpoint_activations
 
 BASE = "__base__"
 LONGEST = 12
@@ -41,13 +41,6 @@ NAMES = [BASE, *(f"of{length}" for length in range(1, LONGEST + 1))]
 """A prefix of each length; one of length 0 is none."""
 TESTED = ["gpt2", "llama", "gemma3", "bart", "t5"]
 MIX = ["of3", BASE, "of7", "of12", "of3"]
-
-FLEX_WARNINGS = (
-    # transformers 5.23 still sets the flag that torch 2.13 deprecates, and torch itself uses what it deprecates.
-    "ignore:_compile flag on create_block_mask:DeprecationWarning",
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
-    "ignore:flex_attention called without torch.compile:UserWarning",
-)
 
 
 def with_prefixes(family: Family, names: list[str], backend: str = "sdpa", **options: Any) -> PeftModel:
@@ -215,7 +208,7 @@ def test_beams_and_several_answers(tested: tuple[Family, PeftModel]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings(*FLEX_WARNINGS)
+@FLEX_WARNINGS
 @pytest.mark.parametrize("name", ["llama", "gemma3", "bart"])
 def test_flex_attention(name: str) -> None:
     family = BY_NAME[name]
@@ -231,7 +224,7 @@ def test_flex_attention(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings(*FLEX_WARNINGS)
+@FLEX_WARNINGS
 @pytest.mark.parametrize("name", ["gemma3", "mistral"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_each_prefix_scrolls_out_of_the_window_by_its_own_length(name: str, attention: str) -> None:

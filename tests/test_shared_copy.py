@@ -31,14 +31,9 @@ from matrix import (
     source_batch,
     stepwise_logits,
 )
-from upstream import CACHE
+from upstream import CACHE, FLEX_WARNINGS
 
-pytestmark = [
-    # transformers 5.23 still sets the flag that torch 2.13 deprecates.
-    pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
-]
+pytestmark = FLEX_WARNINGS
 
 SHARING = [family for family in FAMILIES if family.name != "t5"]
 """All but T5, whose attention is given a position bias."""

@@ -11,6 +11,15 @@ from transformers import GenerationMixin, PreTrainedModel
 
 RELEASE = Version(transformers.__version__)
 
+FLEX_WARNINGS = pytest.mark.filterwarnings(
+    # transformers 5.23 still sets the flag that torch 2.13 deprecates.
+    "ignore:_compile flag on create_block_mask:DeprecationWarning",
+    # torch 2.13 uses it itself, in a module that the first compilation imports.
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:flex_attention called without torch.compile:UserWarning",
+)
+"""What FlexAttention warns of that is none of ours."""
+
 
 def skip_before(release: str, reason: str) -> None:
     """Skip a test on older releases of transformers, on which the base model itself fails it.
