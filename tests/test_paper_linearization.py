@@ -8,8 +8,11 @@ import pytest
 from gpt2_tokens import END, END_ID, gpt2_tokenizer, slow_gpt2_ids
 from hf_prefix.errors import DataError
 from hf_prefix.tasks import (
+    DART,
     E2E,
+    PAIRS,
     WEBNLG,
+    XSUM,
     Linearization,
     TaskFormat,
     linearize_triples,
@@ -34,11 +37,17 @@ WEBNLG_ROW = {"triples": TRIPLES, "references": ["The Tin Owl serves Fenwick, wh
 WEBNLG_ROW |= {"comments": ["good"], "seen": True}
 # The original E2E file is tokenised and ends each target with a space.
 E2E_ROW = {"slots": SLOTS, "references": ["There is an Italian pub near the harbour , The Tin Owl . "]}
+DART_ROW = {
+    "triples": [["Tin Owl", "CITY SERVED", "Fenwick"], ["[TABLECONTEXT]", "[TITLE]", "Pubs"]],
+    "references": ["The Tin Owl pub serves Fenwick."],
+    "sources": ["WikiSQL_lily"],
+}
 
 E2E_SOURCE = (
     "name : The Tin Owl | Type : pub | food : Italian | price : £ 20 - 25 | customer rating : 5 out of 5 | "
     "area : harbour | family friendly : no"
 )
+PAIRS_ROW = {"source": E2E_SOURCE, "target": E2E_ROW["references"][0]}
 WEBNLG_SOURCE = ' | Tin_Owl : cityServed : "Fenwick, Upper" | Fenwick : leaderName : Ada_Moor'
 
 
@@ -90,7 +99,11 @@ def test_the_default_is_not_the_papers(tmp_path: Path):
     assert (WEBNLG.linearization().prompt_template, WEBNLG.linearization().target_template) == (None, None)
 
 
-@pytest.mark.parametrize(("task_format", "row", "spaces_at_the_end"), [(E2E, E2E_ROW, 2), (WEBNLG, WEBNLG_ROW, 1)])
+@pytest.mark.parametrize(
+    ("task_format", "row", "spaces_at_the_end"),
+    [(E2E, E2E_ROW, 2), (PAIRS, PAIRS_ROW, 2), (WEBNLG, WEBNLG_ROW, 1), (DART, DART_ROW, 1)],
+    ids=["e2e", "pairs", "webnlg", "dart"],
+)
 def test_training_examples_have_the_original_tokens(
     tmp_path: Path, task_format: TaskFormat, row: dict, spaces_at_the_end: int
 ):
@@ -116,6 +129,17 @@ def test_the_tokens_of_an_e2e_example_are_those_that_were_seen_in_the_original_c
     assert ids[:2] == [1438, 1058]
     assert ids[boundary - 2 : boundary + 2] == [645, SPACE, END_ID, 1318]
     assert ids[-4:] == [764, SPACE, SPACE, END_ID]
+
+
+def test_xsum_examples_join_article_and_summary_with_one_token(tmp_path: Path):
+    """`src + [bos] + tgt + [eos]`, token by token."""
+    row = {"article": "The harbour has a new ferry, and people like it.", "summary": "A ferry is new."}
+    source, target, linearization = load(XSUM, tmp_path, "train", row)
+    encoder, pair = encode(source, target, linearization)
+    article, summary = slow_gpt2_ids(row["article"]), slow_gpt2_ids(row["summary"])
+    assert pair["input_ids"] == [*article, END_ID, *summary, END_ID]
+    assert pair["labels"] == [-100] * (len(article) + 1) + [*summary, END_ID]
+    assert encoder.encode_prompts([source]) == [[*article, END_ID]]
 
 
 def test_webnlg_examples_begin_with_a_space_and_a_bar():

@@ -10,9 +10,12 @@ import pytest
 
 from hf_prefix.errors import DataError
 from hf_prefix.tasks import (
+    DART,
     E2E,
+    PAIRS,
     TASK_FORMATS,
     WEBNLG,
+    XSUM,
     Record,
     linearize_slots,
     linearize_triples,
@@ -49,6 +52,19 @@ def webnlg_row(subject: str = "Tin_Owl", **changes: object) -> dict:
 
 def e2e_row(name: str = "Tin Owl", **changes: object) -> dict:
     return {"slots": [["name", name], ["eatType", "pub"]], "references": ["A pub."]} | changes
+
+
+def dart_row(**changes: object) -> dict:
+    row = {
+        "triples": [["Tin Owl", "CITY_SERVED", "Fenwick"]],
+        "references": ["It serves Fenwick."],
+        "sources": ["e2e"],
+    }
+    return row | changes
+
+
+def xsum_row(article: str = "A ferry sails.", **changes: object) -> dict:
+    return {"article": article, "summary": "It sails."} | changes
 
 
 class TestReadRecords:
@@ -183,13 +199,82 @@ class TestTaskFolders:
         write(tmp_path / "dev.jsonl", json.dumps(e2e_row()))
         assert E2E.load(tmp_path, "dev") == [Record("name : Tin Owl | eatType : pub", ("A pub.",))]
 
+    def test_dart_keeps_every_reference(self, tmp_path: Path):
+        write_gzip_rows(tmp_path / "test.jsonl.gz", [dart_row(references=["A.", "B."], sources=["e2e", "e2e"])])
+        assert DART.load(tmp_path, "test") == [Record("Tin Owl : CITY SERVED : Fenwick", ("A.", "B."))]
+        (record,) = DART.load(tmp_path, "test", linearization="paper")
+        assert record.source == "Tin Owl : city_served : Fenwick"
+
+    def test_xsum_articles_are_taken_as_they_are(self, tmp_path: Path):
+        write_gzip_rows(tmp_path / "dev.jsonl.gz", [xsum_row("A ferry\nsails. ")])
+        for linearization in ("text", "paper"):
+            records = XSUM.load(tmp_path, "dev", linearization=linearization)
+            assert records == [Record("A ferry\nsails. ", ("It sails.",))]
+
+    def test_pairs_with_the_same_source_are_one_record(self, tmp_path: Path):
+        rows = [{"source": source, "target": target} for source, target in (("a", "1 "), ("b", "2"), ("a", "3"))]
+        write_gzip_rows(tmp_path / "train.jsonl.gz", rows)
+        assert PAIRS.load(tmp_path, "train") == [Record("a", ("1 ", "3")), Record("b", ("2",))]
+
+    def test_the_webnlg_test_set_is_split_or_put_together(self, tmp_path: Path):
+        """Whichever files there are, the three splits hold the same; together in the order of the challenge."""
+        rows = [webnlg_row(f"S{i}", seen=i in (1, 2), test_index=i) for i in range(4)]
+        parts, whole = tmp_path / "parts", tmp_path / "whole"
+        for folder, files in ((parts, {"test_seen": [1, 2], "test_unseen": [0, 3]}), (whole, {"test": range(4)})):
+            folder.mkdir()
+            for split, indices in files.items():
+                write_gzip_rows(folder / f"{split}.jsonl.gz", [rows[index] for index in indices])
+            loaded = {split: WEBNLG.load(folder, split) for split in ("test", "test_seen", "test_unseen")}
+            found = {split: [record.source[:2] for record in records] for split, records in loaded.items()}
+            expected = {"test": ["S0", "S1", "S2", "S3"], "test_seen": ["S1", "S2"], "test_unseen": ["S0", "S3"]}
+            assert found == expected
+        (parts / "test_unseen.jsonl.gz").unlink()
+        with pytest.raises(DataError, match="no data for split 'test'"):
+            WEBNLG.load(parts, "test")
+
+    def test_extrapolation_splits_of_xsum(self, tmp_path: Path):
+        urls = {
+            "uk": "http://web.archive.org/web/2013/http://www.bbc.co.uk/news/uk-england-11",
+            "world": "http://www.bbc.co.uk/news/world-12",
+            "business": "http://www.bbc.co.uk/news/business-13",
+            "health": "http://www.bbc.co.uk/news/health-14",
+            "number": "http://www.bbc.co.uk/news/15",
+            "football": "http://www.bbc.co.uk/sport/football/16",
+            "beat": "http://www.bbc.co.uk/newsbeat/17",
+        }
+        rows = [xsum_row(name, url=url) for name, url in urls.items()]
+        for split in ("train", "dev", "test"):
+            write_gzip_rows(tmp_path / f"{split}.jsonl.gz", rows)
+        news = ["uk", "world", "business", "health", "number"]
+        expected = {"news-to-sports": (news, ["football"]), "within-news": (news[:3], news[3:])}
+        for name, (learned, tested) in expected.items():
+            for split, articles in (("train", learned), ("dev", learned), ("test", tested)):
+                records = XSUM.load(tmp_path, f"{name}/{split}")
+                assert [record.source for record in records] == articles
+
+    def test_extrapolation_needs_addresses(self, tmp_path: Path):
+        write_gzip_rows(tmp_path / "train.jsonl.gz", [xsum_row()])
+        with pytest.raises(DataError, match=r"line 1: there is no column 'url'.*address of each article"):
+            XSUM.load(tmp_path, "within-news/train")
+        write_gzip_rows(tmp_path / "test.jsonl.gz", [xsum_row(url="http://www.bbc.co.uk/news/uk-1")])
+        with pytest.raises(DataError, match="no row with a usable reference for split 'news-to-sports/test'"):
+            XSUM.load(tmp_path, "news-to-sports/test")
+
     def test_formats_are_recognised_by_columns_not_only_by_file_names(self, tmp_path: Path):
-        for name, row in (("webnlg", webnlg_row()), ("e2e", e2e_row())):
+        rows = {
+            "webnlg": webnlg_row(),
+            "e2e": e2e_row(),
+            "dart": dart_row(),
+            "xsum": xsum_row(),
+            "pairs": {"source": "a", "target": "b"},
+        }
+        for name, row in rows.items():
             (tmp_path / name).mkdir()
             write_gzip_rows(tmp_path / name / "dev.jsonl.gz", [row])
             assert recognize_format(tmp_path / name).name == name
         assert load_task_folder(tmp_path / "e2e", "dev") == E2E.load(tmp_path / "e2e", "dev")
         assert load_task_folder(tmp_path / "webnlg", "dev") == WEBNLG.load(tmp_path / "webnlg", "dev")
+        assert set(rows) == {task_format.name for task_format in TASK_FORMATS}
 
     def test_format_names_and_linearizations_are_distinct_and_usable(self, tmp_path: Path):
         assert len({task_format.name for task_format in TASK_FORMATS}) == len(TASK_FORMATS)
@@ -206,8 +291,8 @@ class TestTaskFolders:
 
     @pytest.mark.parametrize("limit", [0, -1, 3])
     def test_a_limit_that_cannot_be_met(self, tmp_path: Path, limit: int):
-        write_gzip_rows(tmp_path / "dev.jsonl.gz", [e2e_row(), e2e_row()])
-        with pytest.raises(DataError, match=rf"from 1 to the 2 records of .*dev\.jsonl\.gz, got {limit}"):
+        write_gzip_rows(tmp_path / "dev.jsonl.gz", [e2e_row("A"), e2e_row("B")])
+        with pytest.raises(DataError, match=rf"from 1 to the 2 records of .*, split 'dev', got {limit}"):
             E2E.load(tmp_path, "dev", limit_entries=limit)
 
     def test_unknown_split_linearization_and_file(self, tmp_path: Path):
@@ -216,7 +301,9 @@ class TestTaskFolders:
             load_task_folder(tmp_path, "test_seen")
         with pytest.raises(DataError, match="e2e has no linearization 'tokens'; it has words, paper"):
             E2E.load(tmp_path, "dev", linearization="tokens")
-        with pytest.raises(DataError, match=r"has no train\.jsonl\.gz, which e2e needs for split 'train'"):
+        with pytest.raises(
+            DataError, match=r"has no data for split 'train'; looked for e2e \(any of train\.jsonl\.gz"
+        ):
             E2E.load(tmp_path, "train")
 
     def test_folders_without_a_known_format(self, tmp_path: Path):
@@ -224,8 +311,8 @@ class TestTaskFolders:
             recognize_format(tmp_path / "nowhere")
         with pytest.raises(DataError, match=r"looked for webnlg \(any of train.*; e2e .*found nothing"):
             recognize_format(tmp_path)
-        write(tmp_path / "train.jsonl", '{"source": "a", "target": "b"}')
-        with pytest.raises(DataError, match=r"with columns slots, references\); found train\.jsonl"):
+        write(tmp_path / "train.jsonl", '{"in": "a", "out": "b"}')
+        with pytest.raises(DataError, match=r"with columns slots, references\).*; found train\.jsonl"):
             load_task_folder(tmp_path, "train")
 
     @pytest.mark.parametrize(
@@ -285,11 +372,36 @@ class TestRealCorpora:
     def test_only_the_first_webnlg_test_entry_lacks_the_bar(self):
         sources = {
             split: [record.source for record in load_task_folder(CORPORA / "webnlg2017", split, linearization="paper")]
-            for split in WEBNLG.splits
+            for split in ("train", "dev", "test_seen", "test_unseen")
         }
         without = [(split, i) for split in sources for i, text in enumerate(sources[split]) if text[:3] != " | "]
         assert without == [("test_seen", 0)]
 
-    def test_folders_of_other_formats_are_refused(self):
-        with pytest.raises(DataError, match="no known task format"):
-            recognize_format(CORPORA / "e2e_prefixtuning")
+    def test_the_whole_webnlg_test_set_is_in_the_order_of_the_submissions(self):
+        loaded = load_task_folder(CORPORA / "webnlg2017", "test")
+        assert (len(loaded), len(training_pairs(loaded))) == (1862, 4928)
+        groups = [record.group for record in loaded]
+        assert [groups.count(group) for group in ("seen", "unseen")] == [971, 891]
+
+    @pytest.mark.parametrize(
+        ("corpus", "name", "split", "records", "references"),
+        [
+            ("dart", "dart", "dev", 2768, 6980),
+            ("dart", "dart", "test", 5097, 12551),
+            ("xsum", "xsum", "test_slice", 1000, 1000),
+            ("e2e_prefixtuning", "pairs", "dev", 547, 4672),
+            ("e2e_prefixtuning", "pairs", "test", 630, 4693),
+        ],
+    )
+    def test_other_counts(self, corpus: str, name: str, split: str, records: int, references: int):
+        """One of the 12,552 references of DART's test set is blank."""
+        assert recognize_format(CORPORA / corpus).name == name
+        for linearization in (None, "paper"):
+            loaded = load_task_folder(CORPORA / corpus, split, linearization=linearization)
+            assert (len(loaded), len(training_pairs(loaded))) == (records, references)
+
+    def test_the_corpora_here_have_no_such_split(self):
+        with pytest.raises(DataError, match="dart has no data for split 'train'"):
+            load_task_folder(CORPORA / "dart", "train")
+        with pytest.raises(DataError, match="xsum has no data for split 'news-to-sports/test'"):
+            load_task_folder(CORPORA / "xsum", "news-to-sports/test")

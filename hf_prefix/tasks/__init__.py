@@ -1,16 +1,20 @@
 """Tasks: where inputs and references come from, in one form (`Record`) for all of them."""
 
-from hf_prefix.tasks.data_to_text import E2E, WEBNLG
+from hf_prefix.tasks.data_to_text import DART, E2E, PAIRS, WEBNLG
 from hf_prefix.tasks.folders import TASK_FORMATS, load_task_folder, recognize_format
 from hf_prefix.tasks.linearization import Linearization, linearize_slots, linearize_triples
 from hf_prefix.tasks.paper_linearization import paper_dart_triples, paper_slots, paper_webnlg_triples
 from hf_prefix.tasks.records import Record, read_records, training_pairs
+from hf_prefix.tasks.summarization import XSUM
 from hf_prefix.tasks.task_format import TaskFormat
 
 __all__ = [
+    "DART",
     "E2E",
+    "PAIRS",
     "TASK_FORMATS",
     "WEBNLG",
+    "XSUM",
     "Linearization",
     "Record",
     "TaskFormat",

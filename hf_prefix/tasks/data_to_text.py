@@ -1,9 +1,10 @@
-"""Data-to-text corpora: WebNLG 2017 (triples) and E2E (slots) as task formats."""
+"""Data-to-text corpora as task formats: WebNLG 2017 and DART (triples), E2E (slots), and pairs of texts."""
 
-from hf_prefix.tasks.linearization import SLOTS_AS_WORDS, TRIPLES_AS_WORDS
-from hf_prefix.tasks.paper_linearization import PAPER_E2E, PAPER_WEBNLG
+from hf_prefix.tasks.corpus_files import JsonLines
+from hf_prefix.tasks.linearization import SLOTS_AS_WORDS, TRIPLES_AS_WORDS, Linearization
+from hf_prefix.tasks.paper_linearization import PAPER_DART, PAPER_E2E, PAPER_PAIRS, PAPER_WEBNLG
 from hf_prefix.tasks.rows import Row
-from hf_prefix.tasks.task_format import TaskFormat
+from hf_prefix.tasks.task_format import Part, TaskFormat
 
 
 def _webnlg_references(row: Row, split: str) -> tuple[str, ...]:
@@ -24,27 +25,54 @@ def _webnlg_group(row: Row) -> str:
     return "seen" if seen else "unseen"
 
 
-def _e2e_references(row: Row, split: str) -> tuple[str, ...]:
+def _references(row: Row, split: str) -> tuple[str, ...]:
     return row.texts("references")
 
 
-def _no_group(row: Row) -> str:
-    return ""
+def _source(row: Row) -> str:
+    return row.text("source")
+
+
+def _one_reference(row: Row, split: str) -> tuple[str, ...]:
+    return (row.text("target"),)
 
 
 WEBNLG = TaskFormat(
     name="webnlg",
-    splits=("train", "dev", "test_seen", "test_unseen"),
-    columns=("triples", "references", "comments", "seen"),
+    splits=("train", "dev", "test", "test_seen", "test_unseen"),
+    files=(
+        JsonLines(("train", "dev", "test", "test_seen", "test_unseen"), ("triples", "references", "comments", "seen")),
+    ),
     linearizations={"words": TRIPLES_AS_WORDS, "paper": PAPER_WEBNLG},
     references=_webnlg_references,
     group=_webnlg_group,
+    parts={
+        "test_seen": Part("test", lambda row: _webnlg_group(row) == "seen"),
+        "test_unseen": Part("test", lambda row: _webnlg_group(row) == "unseen"),
+    },
+    unions={"test": (("test_seen", "test_unseen"), "test_index")},
+)
+DART = TaskFormat(
+    name="dart",
+    splits=("train", "dev", "test"),
+    files=(JsonLines(("train", "dev", "test"), ("triples", "references", "sources")),),
+    linearizations={"words": TRIPLES_AS_WORDS, "paper": PAPER_DART},
+    references=_references,
 )
 E2E = TaskFormat(
     name="e2e",
     splits=("train", "dev", "test"),
-    columns=("slots", "references"),
+    files=(JsonLines(("train", "dev", "test"), ("slots", "references")),),
     linearizations={"words": SLOTS_AS_WORDS, "paper": PAPER_E2E},
-    references=_e2e_references,
-    group=_no_group,
+    references=_references,
+    merge=True,
 )
+PAIRS = TaskFormat(
+    name="pairs",
+    splits=("train", "dev", "test"),
+    files=(JsonLines(("train", "dev", "test"), ("source", "target")),),
+    linearizations={"text": Linearization(_source), "paper": PAPER_PAIRS},
+    references=_one_reference,
+    merge=True,
+)
+"""Texts that are ready, one row per reference; also E2E as the paper's code holds it, linearised and tokenised."""

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 from hf_prefix.errors import DataError
-from hf_prefix.tasks.data_to_text import E2E, WEBNLG
+from hf_prefix.tasks.data_to_text import DART, E2E, PAIRS, WEBNLG
 from hf_prefix.tasks.records import Record
+from hf_prefix.tasks.summarization import XSUM
 from hf_prefix.tasks.task_format import TaskFormat
 
-TASK_FORMATS = (WEBNLG, E2E)
+TASK_FORMATS = (WEBNLG, E2E, DART, XSUM, PAIRS)
 """All formats; a new corpus is one more entry here."""
 
 

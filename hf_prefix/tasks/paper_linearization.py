@@ -73,5 +73,6 @@ def _dart_source(row: Row) -> str:
 
 
 PAPER_E2E = Linearization(_e2e_source, PROMPT_TEMPLATE, TARGET_TEMPLATE)
+PAPER_PAIRS = Linearization(lambda row: row.text("source"), PROMPT_TEMPLATE, TARGET_TEMPLATE)
 PAPER_WEBNLG = Linearization(_webnlg_source, PROMPT_TEMPLATE, TARGET_TEMPLATE)
 PAPER_DART = Linearization(_dart_source, PROMPT_TEMPLATE, TARGET_TEMPLATE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hf_prefix.tasks.rows import Row, iterate_rows
@@ -65,6 +65,18 @@ def read_records(
 def training_pairs(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Returns one (source, reference) pair for every reference, in the order of the records."""
     return [(record.source, reference) for record in records for reference in record.references]
+
+
+def merge_equal_sources(records: Iterable[Record]) -> list[Record]:
+    """Makes one record of all that have the same source and group, in the order in which these first appear.
+
+    Args:
+        records: The records.
+    """
+    references: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        references.setdefault((record.source, record.group), []).extend(record.references)
+    return [Record(source, tuple(texts), group) for (source, group), texts in references.items()]
 
 
 def _source_and_texts(row: Row, source_column: str, target_column: str) -> tuple[str, tuple[str, ...]]:

@@ -1,54 +1,72 @@
-"""The task format: what a published corpus' folder holds and how its rows become records."""
+"""The task format: how the rows of a published corpus become records."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from hf_prefix.errors import DataError
+from hf_prefix.tasks.corpus_files import CorpusFiles
 from hf_prefix.tasks.linearization import Linearization
-from hf_prefix.tasks.records import Record
-from hf_prefix.tasks.rows import Row, iterate_rows
+from hf_prefix.tasks.records import Record, merge_equal_sources
+from hf_prefix.tasks.rows import Row
 
-_SUFFIXES = (".jsonl.gz", ".jsonl")
+
+@dataclass(frozen=True)
+class Part:
+    """A split that is part of another one.
+
+    Attributes:
+        whole: The other one.
+        holds: Whether a row of that one is in this one.
+    """
+
+    whole: str
+    holds: Callable[[Row], bool]
 
 
 @dataclass(frozen=True)
 class TaskFormat:
-    """A corpus as a folder with one JSON Lines file per split.
+    """A corpus: where its rows lie, and how they become records.
 
     Attributes:
         name: What the format is called in messages, such as "webnlg".
-        splits: The splits; each is the file `<split>.jsonl.gz` or `<split>.jsonl`.
-        columns: The columns that rows of this format have and rows of the other formats do not have together.
+        splits: All splits that can be asked for.
+        files: The ways in which the corpus may lie in a folder; the first that is there counts.
         linearizations: By name; the first is the default.
         references: From a row and its split to the reference texts; no text leaves the row out.
         group: From a row to the record's group.
+        parts: Splits that may have no files of their own, being part of another one.
+        unions: Splits that may have no file of their own, being several others together, and the column by whose
+            numbers their rows are sorted where all have it.
+        merge: Whether rows with the same source are one record.
     """
 
     name: str
     splits: tuple[str, ...]
-    columns: tuple[str, ...]
+    files: tuple[CorpusFiles, ...]
     linearizations: Mapping[str, Linearization]
     references: Callable[[Row, str], tuple[str, ...]]
-    group: Callable[[Row], str]
+    group: Callable[[Row], str] = lambda row: ""
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    unions: Mapping[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+    merge: bool = False
 
     def describe(self) -> str:
-        """Returns the files and columns that make a folder this format, for messages."""
-        files = ", ".join(f"{split}{_SUFFIXES[0]}" for split in self.splits)
-        return f"{self.name} (any of {files} with columns {', '.join(self.columns)})"
+        """Returns the files that make a folder this format, for messages."""
+        return f"{self.name} ({', or '.join(files.describe() for files in self.files)})"
 
     def matches(self, folder: Path) -> bool:
-        """Tells whether the first row of the first split's file that is there has this format's columns.
+        """Tells whether a folder holds this corpus, by the names of its files and, where needed, their columns.
 
         Raises:
-            DataError: That file cannot be read.
+            DataError: A file that has to be looked into cannot be read.
         """
-        path = next(filter(None, (_find_file(folder, split) for split in self.splits)), None)
-        return path is not None and set(self.columns) <= set(next(iterate_rows(path)).values)
+        return any(files.recognizes(folder, self.splits) for files in self.files)
 
     def load(
         self,
@@ -76,15 +94,48 @@ class TaskFormat:
             DataError: The split or linearisation is unknown, the file is missing or broken, a row does not
                 have the format, or `limit_entries` is below 1 or above the number of records.
         """
+        folder = Path(folder)
+
+        def read(name: str) -> Iterator[Row] | None:
+            found = next((files for files in self.files if files.has(folder, name)), None)
+            return None if found is None else found.rows(folder, name)
+
+        records = self.records(read, split, str(folder), linearization=linearization)
+        return records if limit_entries is None else sample(records, limit_entries, seed, f"{folder}, split {split!r}")
+
+    def records(
+        self,
+        read: Callable[[str], Iterable[Row] | None],
+        split: str,
+        place: str,
+        *,
+        linearization: str | None = None,
+    ) -> list[Record]:
+        """Turns rows into records, wherever they come from.
+
+        Args:
+            read: Returns the rows of a split; None where it has none of its own.
+            split: One of `splits`.
+            place: Where the rows come from, for messages.
+            linearization: One of `linearizations`; the first of them if None.
+
+        Returns:
+            The records, at least one.
+
+        Raises:
+            DataError: As `load`.
+        """
         if split not in self.splits:
             raise DataError(f"{self.name} has no split {split!r}; its splits are {', '.join(self.splits)}")
-        path = _find_file(Path(folder), split)
-        if path is None:
-            raise DataError(f"{folder} has no {split}{_SUFFIXES[0]}, which {self.name} needs for split {split!r}")
-        records = list(self._records(path, split, self.linearization(linearization).source))
+        source = self.linearization(linearization).source
+        rows = self._rows(read, split)
+        if rows is None:
+            raise DataError(f"{place} has no data for split {split!r}; looked for {self.describe()}")
+        texts = ((row, self.references(row, split)) for row in rows)
+        records = [Record(source(row), references, self.group(row)) for row, references in texts if references]
         if not records:
-            raise DataError(f"{path} has no row with a usable reference for split {split!r}")
-        return records if limit_entries is None else _sample(records, limit_entries, seed, path)
+            raise DataError(f"{place} has no row with a usable reference for split {split!r}")
+        return merge_equal_sources(records) if self.merge else records
 
     def linearization(self, name: str | None = None) -> Linearization:
         """Returns a linearisation of this format.
@@ -102,20 +153,44 @@ class TaskFormat:
             raise DataError(f"{self.name} has no linearization {name!r}; it has {known}")
         return self.linearizations[name]
 
-    def _records(self, path: Path, split: str, linearize: Callable[[Row], str]) -> Iterator[Record]:
-        for row in iterate_rows(path):
-            references = self.references(row, split)
-            if references:
-                yield Record(linearize(row), references, self.group(row))
+    def _rows(self, read: Callable[[str], Iterable[Row] | None], split: str) -> Iterable[Row] | None:
+        rows = read(split)
+        if rows is None and split in self.parts:
+            part = self.parts[split]
+            whole = read(part.whole)
+            rows = None if whole is None else (row for row in whole if part.holds(row))
+        if rows is None and split in self.unions:
+            rows = self._union(read, *self.unions[split])
+        return rows
+
+    @staticmethod
+    def _union(
+        read: Callable[[str], Iterable[Row] | None], members: tuple[str, ...], column: str
+    ) -> Iterable[Row] | None:
+        rows: list[Row] = []
+        for member in members:
+            found = read(member)
+            if found is None:
+                return None
+            rows.extend(found)
+        if all(isinstance(row.values.get(column), int) for row in rows):
+            rows.sort(key=lambda row: cast(int, row.values[column]))
+        return rows
 
 
-def _find_file(folder: Path, split: str) -> Path | None:
-    paths = (folder / f"{split}{suffix}" for suffix in _SUFFIXES)
-    return next((path for path in paths if path.is_file()), None)
+def sample(records: list[Record], size: int, seed: int, place: str) -> list[Record]:
+    """Draws a random sample without replacement; the same seed draws the same records in the same order.
 
+    Args:
+        records: What is drawn from.
+        size: How many.
+        seed: Seed of the draw.
+        place: Where they come from, for messages.
 
-def _sample(records: list[Record], size: int, seed: int, path: Path) -> list[Record]:
+    Raises:
+        DataError: `size` is below 1 or above the number of records.
+    """
     if not 1 <= size <= len(records):
-        raise DataError(f"limit_entries must be from 1 to the {len(records)} records of {path}, got {size}")
+        raise DataError(f"limit_entries must be from 1 to the {len(records)} records of {place}, got {size}")
     # A fixed draw is the point here: nothing depends on it being unpredictable.
     return random.Random(seed).sample(records, size)  # noqa: S311
