@@ -9,7 +9,10 @@ from transformers import PreTrainedModel
 
 from hf_prefix.base_layout import base_layout
 from hf_prefix.errors import ConversionError, PrefixError
+from hf_prefix.sharing.interop.adapterhub import read_adapterhub
+from hf_prefix.sharing.interop.cartridge_file import read_cartridge
 from hf_prefix.sharing.interop.layout import BaseLayout
+from hf_prefix.sharing.interop.original import read_original
 from hf_prefix.sharing.interop.peft_folders import read_peft, write_peft
 from hf_prefix.sharing.interop.prefix_file import SUFFIX, read_prefix_file, write_prefix_file
 from hf_prefix.sharing.interop.recognition import Format, recognise
@@ -24,7 +27,12 @@ _READERS: Mapping[Format, Callable[[Path], SavedPrefix]] = {
     "hf_prefix": SavedPrefix.load,
     "safetensors": read_prefix_file,
 }
-_READERS_WITH_BASE: Mapping[Format, Callable[[Path, BaseLayout], SavedPrefix]] = {"peft": read_peft}
+_READERS_WITH_BASE: Mapping[Format, Callable[[Path, BaseLayout], SavedPrefix]] = {
+    "peft": read_peft,
+    "original": read_original,
+    "cartridge": read_cartridge,
+    "adapterhub": read_adapterhub,
+}
 
 
 def convert(source: str | Path, target: str | Path, to: Target, base_model: Base | None = None) -> SavedPrefix:

@@ -6,10 +6,17 @@ from pathlib import Path
 
 from rich.progress import track
 
-from conversions import Case, Outcome, cases
+import conversions
+import research_formats
+from conversions import Case, Outcome
 
 PAGE = Path(__file__).parent.parent / "docs" / "conversions.md"
 _HEAD = "| from | to | model | largest difference of logits |\n|---|---|---|---|\n"
+
+
+def all_cases() -> list[Case]:
+    """Return every conversion."""
+    return [*conversions.cases(), *research_formats.cases()]
 
 
 def row_start(case: Case) -> str:
@@ -29,7 +36,7 @@ def _run(case: Case) -> Outcome:
 
 def main() -> None:
     """Run every conversion and replace the table in the page."""
-    rows = "".join(row(case, _run(case)) for case in track(cases(), "Converting"))
+    rows = "".join(row(case, _run(case)) for case in track(all_cases(), "Converting"))
     before, _, after = PAGE.read_text(encoding="utf-8").partition(_HEAD)
     rest = after.partition("\n\n")[2]
     PAGE.write_text(before + _HEAD + rows + "\n" + rest, encoding="utf-8")

@@ -169,7 +169,12 @@ def deep_bart() -> PreTrainedModel:
     config = build(BART).config
     config.encoder_layers = config.decoder_layers = config.num_hidden_layers = 3
     torch.manual_seed(0)
-    return BartForConditionalGeneration(config).eval()
+    model = BartForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=0.2)
+    return model
 
 
 def _peft() -> Iterator[Case]:
@@ -199,7 +204,7 @@ def _prefix_file() -> Iterator[Case]:
 
 
 def cases() -> list[Case]:
-    """Return every conversion."""
+    """Return every conversion of PEFT's and of prefix files."""
     return [*_peft(), *_prefix_file()]
 
 

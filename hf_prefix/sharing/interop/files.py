@@ -61,7 +61,8 @@ def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, Tensor]:
         raise PrefixFileError(f"{folder} holds no weights; one of {list(names)} is needed.")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            # Copies, because arithmetic on a mapped file differs in the last bits.
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
         except SafetensorError as error:
             raise PrefixFileError(f"{path} cannot be read ({error}). Download it again.") from error
     values = read_pickled(path)
