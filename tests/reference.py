@@ -1,5 +1,7 @@
 """Attention with a prefix, slow and obvious: the answer that the hooked attention modules must give."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,29 @@ def attend(
             rows.append(torch.softmax(scores, dim=0) @ values[seen])
         outputs.append(torch.stack(rows))
     return torch.cat(outputs, dim=-1)
+
+
+def shares(
+    query: Tensor, key: Tensor, prefix_key: Tensor, visible: Tensor, scaling: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return how much of the attention of each query goes to the prefix, and how much to the keys [heads, query] both.
+
+    The arguments are those of `attend`.
+    """
+    heads, queries, _ = query.shape
+    sharing, length = heads // key.shape[0], prefix_key.shape[1]
+    on_prefix, on_keys = torch.zeros(heads, queries), torch.zeros(heads, queries)
+    for head in range(heads):
+        for place in range(queries):
+            weights = []
+            for index, vector in enumerate([*prefix_key[head // sharing], *key[head // sharing]]):
+                score = float(vector @ query[head, place]) * scaling
+                score += 0.0 if bias is None else float(bias[head, place, index])
+                seen = index < length or bool(visible[place, index - length])
+                weights.append(math.exp(score) if seen else 0.0)
+            on_prefix[head, place] = sum(weights[:length]) / sum(weights)
+            on_keys[head, place] = sum(weights[length:]) / sum(weights)
+    return on_prefix, on_keys
 
 
 def visibility(real: Tensor, causal: bool, window: int | None = None) -> Tensor:

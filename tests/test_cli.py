@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 import hf_prefix
 from command_line import ROWS, error_of, process, run, train_on, usage_error_of, write_rows
-from hf_prefix import PrefixConfig
 from hf_prefix.cli import loading, precision
 from hf_prefix.cli.app import app
 from hf_prefix.cli.scoring import score
@@ -281,7 +280,7 @@ def test_a_text_that_leaves_no_room_is_refused(trained: Path):
     assert "context of 253" in message
 
 
-# evaluate and inspect
+# evaluate
 
 
 def test_evaluate_scores_prefix_and_baselines_by_group(trained: Path, data: Path, tmp_path: Path):
@@ -341,34 +340,6 @@ def test_few_shot_needs_examples(trained: Path, data: Path):
     assert "few-shot needs training examples" in usage_error_of(run("evaluate", "-p", trained, "--data", data, *few))
     message = error_of(run("evaluate", "-p", trained, "--data", data, *few, "--train-data", data))
     assert "5 records were asked for" in message
-
-
-def test_inspect_tells_what_a_folder_holds(trained: Path, gpt2: Path):
-    result = run("inspect", trained)
-    assert result.exit_code == 0, result.output
-    flat = " ".join(result.stdout.split())
-    # 2 layers, keys and values of 4 heads, 3 virtual tokens, 8 numbers.
-    assert "parameters: 384 bytes: 1,536" in flat
-    assert "virtual tokens: 3" in flat
-    assert f"base model: {gpt2}" in flat
-    assert "2 │ transformer.h.*.attn: key │ [4, 3, 8]" in flat
-
-
-def test_inspect_tells_that_embeddings_are_what_is_learned(gpt2: Path, tmp_path: Path):
-    config = PrefixConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, embedding_only=True)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), config).save_pretrained(tmp_path)
-    flat = " ".join(run("inspect", tmp_path).stdout.split())
-    assert "projection: none (input embeddings)" in flat
-    assert "parameters: 96 " in flat
-
-
-def test_inspect_counts_frozen_tokens_as_stored_and_not_as_learned(gpt2: Path, tmp_path: Path):
-    config = PrefixConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_frozen_tokens=1)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), config).save_pretrained(tmp_path)
-    flat = " ".join(run("inspect", tmp_path).stdout.split())
-    assert "virtual tokens: 3 frozen tokens: 1" in flat
-    assert "parameters: 256 bytes: 1,536" in flat
-    assert "2 │ transformer.h.*.attn: frozen_key │ [4, 1, 8]" in flat
 
 
 # Mistakes

@@ -74,14 +74,27 @@ def key_values_of(weights: Mapping[str, Tensor], folder: str) -> dict[str, KeyVa
         PrefixError: There are none.
         PrefixMismatchError: They are no finite numbers.
     """
-    names = [name.removesuffix(SAVED_KEY) for name in weights if name.endswith(SAVED_KEY)]
-    if not names:
+    joined = join_key_values(weights)
+    if not joined:
         raise PrefixError(
             f"{folder!r} holds no keys and values of a prefix. If it is a training checkpoint, or was saved with its "
             "projection or embeddings, load it, call fold_prefix(model) and save it to another folder."
         )
     for name, tensor in weights.items():
         check_numbers(name, tensor)
+    return joined
+
+
+def join_key_values(weights: Mapping[str, Tensor]) -> dict[str, KeyValuePrefix]:
+    """Return the keys and values among saved tensors, whatever their numbers are; none where there are none.
+
+    Args:
+        weights: Tensors by name.
+
+    Returns:
+        Keys and values by name of the attention module, of frozen tokens as well.
+    """
+    names = [name.removesuffix(SAVED_KEY) for name in weights if name.endswith(SAVED_KEY)]
     return {name.removeprefix(SAVED_PREFIX): _key_values(weights, name) for name in names}
 
 

@@ -79,6 +79,19 @@ def write_card(folder: Path, options: Mapping[str, Any], defaults: Mapping[str, 
     _clean_card_above(folder.parent / CARD_FILE)
 
 
+def read_metadata(folder: Path) -> dict[str, Any] | None:
+    """Return the metadata of a folder's card; None where it has no card.
+
+    Raises:
+        PrefixError: They are damaged.
+    """
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return None
+    metadata: dict[str, Any] = _load(path).data.to_dict()
+    return metadata
+
+
 def _load(path: Path) -> Any:
     """Return a card (`ModelCard`; huggingface_hub types its metadata as those of any card)."""
     try:
@@ -149,11 +162,7 @@ def _render(
     is_checkpoint: bool,
 ) -> ModelCard:
     report = read_report(folder)
-    changed = {
-        name: without_folders(value)
-        for name, value in options.items()
-        if name in defaults and name not in _NO_OPTIONS and value != defaults[name]
-    }
+    changed = chosen_options(options, defaults)
     seq2seq = _is_encoder_decoder(options)
     gguf_file, prompt_template, versions = None, None, package_versions()
     if report is not None:
@@ -179,6 +188,20 @@ def _render(
         code=code,
     )
     return card
+
+
+def chosen_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that differ from their defaults, without folders of a machine and users' texts.
+
+    Args:
+        options: All entries of a saved configuration.
+        defaults: The default of each option.
+    """
+    return {
+        name: without_folders(value)
+        for name, value in options.items()
+        if name in defaults and name not in _NO_OPTIONS and value != defaults[name]
+    }
 
 
 @functools.cache
