@@ -142,8 +142,8 @@ def summarize(folder: Path | str) -> PrefixSummary:
 
     Raises:
         PrefixError: There is no prefix, or a file of it is damaged.
-        PrefixMismatchError: Its weights are missing or damaged.
-        UnsupportedCallError: They are pickled, or divided among several files.
+        PrefixFileError: Its weights are missing, malformed or pickled.
+        UnsupportedCallError: They are divided among several files.
     """
     config, weights = read_config(str(folder)), read_weights(folder)
     base: Mapping[str, Any] = config.base_fingerprint or {}
