@@ -231,8 +231,11 @@ def test_what_is_no_saved_prefix_is_not_pushed(saved: Path, tmp_path: Path) -> N
     written.write_text(json.dumps(json.loads(config) | {"initialized": False}), encoding="utf-8")
     assert "not saved together with weights" in refusal(saved)
     written.write_text(config, encoding="utf-8")
+    whole = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "is not the file that was saved with the configuration beside it" in refusal(saved)
     (saved / WEIGHTS).write_bytes(b"no tensors")
-    assert "cannot be read" in refusal(saved)
+    assert "its header should have" in refusal(saved)
     (saved / WEIGHTS).rename(saved / "adapter_model.bin")
     assert "but adapter_model.bin, a pickle file" in refusal(saved)
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_prefix.cli.console import one_line
@@ -20,7 +18,7 @@ from hf_prefix.cli.loading import read_prefix_config
 from hf_prefix.cli.run_files import read_training_record
 from hf_prefix.config import PrefixConfig
 from hf_prefix.errors import PrefixError, PrefixMismatchError
-from hf_prefix.sharing.checkpoint import SAVED_PREFIX, TRUNK_PART, check_fits, check_numbers
+from hf_prefix.sharing.checkpoint import SAVED_PREFIX, TRUNK_PART, check_fits, check_numbers, load_weights
 from hf_prefix.sharing.folding import folded_shapes
 from hf_prefix.sharing.model_card import CARD_FILE
 from hf_prefix.sharing.paths import is_on_the_hub, without_folders
@@ -150,11 +148,8 @@ def check_prefix(folder: Path) -> PrefixConfig:
         raise PrefixError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}{pickled} and is refused; save it again.")
     if not config.initialized or not config.attention_modules or config.num_virtual_tokens is None:
         raise PrefixError(f"{folder}/{CONFIG_NAME} was not saved together with weights; save the prefix again.")
-    try:
-        saved = {name.removeprefix(SAVED_PREFIX): tensor for name, tensor in load_file(weights).items()}
-    except SafetensorError as error:
-        raise PrefixError(f"{weights} cannot be read: {one_line(error)}") from error
-    _check_tensors(saved, config)
+    config.check_weights(weights)
+    _check_tensors({name.removeprefix(SAVED_PREFIX): tensor for name, tensor in load_weights(folder).items()}, config)
     read_training_record(folder)
     return config
 
