@@ -33,6 +33,7 @@ TESTED_HERE = {
 }
 TESTED_ELSEWHERE = {
     "build_demo_data.py": "tests/test_demo.py",
+    "serving/llama_cpp.py": "tests/test_llama_cpp.py",
     "distributed/train.py": "tests/test_distributed.py",
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prefix.attention.masks import Extent
-from hf_prefix.attention.sites import PADDING_ARGUMENT, forward_parameters, text_config
+from hf_prefix.attention.sites import PADDING_ARGUMENT, forward_parameters, layer_type, text_config
 from hf_prefix.errors import UnsupportedModelError
 
 PREDICT_MASK_ARGUMENT = "extended_predict_attention_mask"
@@ -82,6 +82,20 @@ def more_inputs(model: PreTrainedModel, length: int) -> dict[str, Any]:
 def tokens_in_front(stack: nn.Module) -> int:
     """Return how many learned tokens of its own a model puts in front of every input (CPM-Ant)."""
     return int(getattr(stack, "prompt_length", 0))
+
+
+def unlike_plain_attention(module: nn.Module) -> str | None:
+    """Return how an attention module differs from attention to the keys of all tokens, by its configuration, or None.
+
+    Others that run the same model keep something else for such a layer than its keys and values.
+    """
+    kind = layer_type(module)
+    if kind not in (None, "full_attention"):
+        return f"is in a layer of the kind {kind!r}"
+    # DeepSeek V2 and V3 and their kin; ours are the keys and values that these expand to.
+    if getattr(getattr(module, "config", None), "kv_lora_rank", None):
+        return "is multi-head latent attention"
+    return None
 
 
 def needs_token_ids(stack: nn.Module) -> bool:

@@ -220,7 +220,7 @@ def sliding_window(module: nn.Module) -> int | None:
     window, config = getattr(module, "sliding_window", None), getattr(module, "config", None)
     if window_buffer(module) is not None:
         return int(config.window_size)  # type: ignore[union-attr]
-    kind = _layer_type(module)
+    kind = layer_type(module)
     if not hasattr(module, "sliding_window"):
         window = getattr(config, "sliding_window", None) if kind in (None, "sliding_attention") else None
     # Some name the window in layers too that do not slide (EXAONE 4).
@@ -228,8 +228,8 @@ def sliding_window(module: nn.Module) -> int | None:
     return window if slides and isinstance(window, int) and window > 0 else None
 
 
-def _layer_type(module: nn.Module) -> str | None:
-    """Return what the configuration says of an attention module's layer, or None."""
+def layer_type(module: nn.Module) -> str | None:
+    """Return what the configuration says of an attention module's layer, such as "full_attention", or None."""
     layer_types = getattr(getattr(module, "config", None), "layer_types", None)
     layer = getattr(module, "layer_idx", None)
     if layer_types is None:
@@ -330,7 +330,7 @@ def check_can_scroll(module: nn.Module) -> None:
         UnsupportedModelError: The module attends in chunks that are counted from the first real token (Llama 4);
             behind a prompt their borders would lie elsewhere.
     """
-    if _layer_type(module) == "chunked_attention":
+    if layer_type(module) == "chunked_attention":
         raise UnsupportedModelError(
             f"{type(module).__name__} does chunked_attention, whose chunks are counted from the first real token, so "
             "the prefix cannot scroll out of them as a prompt would; use sliding_window='pin'."

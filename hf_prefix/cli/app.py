@@ -5,7 +5,19 @@ from typing import Annotated
 import typer
 
 from hf_prefix import __version__
-from hf_prefix.cli import composition, convert, distill, evaluate, generate, inspect, pull, push, quickstart, train
+from hf_prefix.cli import (
+    composition,
+    convert,
+    distill,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    pull,
+    push,
+    quickstart,
+    train,
+)
 from hf_prefix.cli.console import ReadableErrorsGroup, quiet_libraries
 
 app = typer.Typer(
@@ -48,3 +60,4 @@ app.command(epilog=composition.SELECT_LAYERS_EXAMPLES)(composition.select_layers
 app.command(epilog=convert.EXAMPLES)(convert.convert)
 app.command(epilog=push.EXAMPLES)(push.push)
 app.command(epilog=pull.EXAMPLES)(pull.pull)
+app.command(epilog=export.EXAMPLES)(export.export)
