@@ -312,7 +312,7 @@ class TestTaskFolders:
         with pytest.raises(DataError, match=r"looked for webnlg \(any of train.*; e2e .*found nothing"):
             recognize_format(tmp_path)
         write(tmp_path / "train.jsonl", '{"in": "a", "out": "b"}')
-        with pytest.raises(DataError, match=r"with columns slots, references\).*; found train\.jsonl"):
+        with pytest.raises(DataError, match=r"with columns slots, references,.*; found train\.jsonl"):
             load_task_folder(tmp_path, "train")
 
     @pytest.mark.parametrize(

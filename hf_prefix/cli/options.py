@@ -46,7 +46,9 @@ Data = Annotated[
 TaskFolder = Annotated[
     Path | None,
     typer.Option(
-        "--task-folder", help="Folder of a WebNLG 2017 or E2E corpus (<split>.jsonl.gz).", rich_help_panel=DATA_PANEL
+        "--task-folder",
+        help="Folder of a corpus: WebNLG 2017, E2E, DART, XSum or pairs, as published or as <split>.jsonl.gz.",
+        rich_help_panel=DATA_PANEL,
     ),
 ]
 SourceColumn = Annotated[

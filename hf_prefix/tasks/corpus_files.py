@@ -72,16 +72,18 @@ class OfficialFiles:
     """Files as the corpus' authors publish them.
 
     Attributes:
-        patterns: Split to glob patterns below the folder; all files that fit one of them, in the order of their names.
-        read: From a file to its rows, with the columns of the corpus' JSON Lines files.
+        patterns: Split to glob patterns below the folder. Of the first one that fits any file all files count, in
+            the order of their names.
+        read: From a file and a split to the rows, with the columns of the corpus' JSON Lines files.
     """
 
     patterns: Mapping[str, tuple[str, ...]]
-    read: Callable[[Path], Iterator[Row]]
+    read: Callable[[Path, str], Iterator[Row]]
 
     def describe(self) -> str:
         """Returns the names of the files."""
-        return f"any of {', '.join(pattern for patterns in self.patterns.values() for pattern in patterns)}"
+        names = dict.fromkeys(pattern for patterns in self.patterns.values() for pattern in patterns)
+        return f"any of {', '.join(names)}"
 
     def has(self, folder: Path, split: str) -> bool:
         """Tells whether a split has a file, or several; see `CorpusFiles`."""
@@ -94,10 +96,11 @@ class OfficialFiles:
     def rows(self, folder: Path, split: str) -> Iterator[Row]:
         """Yields the rows of all files of a split; see `CorpusFiles`."""
         for path in self._paths(folder, split):
-            yield from self.read(path)
+            yield from self.read(path, split)
 
     def _paths(self, folder: Path, split: str) -> list[Path]:
-        return [path for pattern in self.patterns.get(split, ()) for path in sorted(folder.glob(pattern))]
+        found = (sorted(folder.glob(pattern)) for pattern in self.patterns.get(split, ()))
+        return next(filter(None, found), [])
 
 
 def _find(folder: Path, split: str) -> Path | None:

@@ -1,10 +1,12 @@
 """Data-to-text corpora as task formats: WebNLG 2017 and DART (triples), E2E (slots), and pairs of texts."""
 
-from hf_prefix.tasks.corpus_files import JsonLines
+from hf_prefix.tasks.corpus_files import JsonLines, OfficialFiles
 from hf_prefix.tasks.linearization import SLOTS_AS_WORDS, TRIPLES_AS_WORDS, Linearization
+from hf_prefix.tasks.official_files import dart_json, e2e_csv, pairs_in_lines
 from hf_prefix.tasks.paper_linearization import PAPER_DART, PAPER_E2E, PAPER_PAIRS, PAPER_WEBNLG
 from hf_prefix.tasks.rows import Row
 from hf_prefix.tasks.task_format import Part, TaskFormat
+from hf_prefix.tasks.webnlg_xml import dart_xml, webnlg_xml
 
 
 def _webnlg_references(row: Row, split: str) -> tuple[str, ...]:
@@ -42,6 +44,14 @@ WEBNLG = TaskFormat(
     splits=("train", "dev", "test", "test_seen", "test_unseen"),
     files=(
         JsonLines(("train", "dev", "test", "test_seen", "test_unseen"), ("triples", "references", "comments", "seen")),
+        OfficialFiles(
+            {
+                "train": ("train/*/*.xml", "train/*.xml"),
+                "dev": ("dev/*/*.xml", "dev/*.xml"),
+                "test": ("test/testdata_with_lex.xml", "testdata_with_lex.xml"),
+            },
+            webnlg_xml,
+        ),
     ),
     linearizations={"words": TRIPLES_AS_WORDS, "paper": PAPER_WEBNLG},
     references=_webnlg_references,
@@ -55,14 +65,24 @@ WEBNLG = TaskFormat(
 DART = TaskFormat(
     name="dart",
     splits=("train", "dev", "test"),
-    files=(JsonLines(("train", "dev", "test"), ("triples", "references", "sources")),),
+    files=(
+        JsonLines(("train", "dev", "test"), ("triples", "references", "sources")),
+        OfficialFiles({split: (f"dart-v*-full-{split}.json",) for split in ("train", "dev", "test")}, dart_json),
+        OfficialFiles({split: (f"dart-v*-full-{split}.xml",) for split in ("train", "dev", "test")}, dart_xml),
+    ),
     linearizations={"words": TRIPLES_AS_WORDS, "paper": PAPER_DART},
     references=_references,
 )
 E2E = TaskFormat(
     name="e2e",
     splits=("train", "dev", "test"),
-    files=(JsonLines(("train", "dev", "test"), ("slots", "references")),),
+    files=(
+        JsonLines(("train", "dev", "test"), ("slots", "references")),
+        OfficialFiles(
+            {"train": ("trainset.csv",), "dev": ("devset.csv",), "test": ("testset_w_refs.csv",)},
+            e2e_csv,
+        ),
+    ),
     linearizations={"words": SLOTS_AS_WORDS, "paper": PAPER_E2E},
     references=_references,
     merge=True,
@@ -70,7 +90,12 @@ E2E = TaskFormat(
 PAIRS = TaskFormat(
     name="pairs",
     splits=("train", "dev", "test"),
-    files=(JsonLines(("train", "dev", "test"), ("source", "target")),),
+    files=(
+        JsonLines(("train", "dev", "test"), ("source", "target")),
+        OfficialFiles(
+            {"train": ("src1_train.txt",), "dev": ("src1_valid.txt",), "test": ("src1_test.txt",)}, pairs_in_lines
+        ),
+    ),
     linearizations={"text": Linearization(_source), "paper": PAPER_PAIRS},
     references=_one_reference,
     merge=True,

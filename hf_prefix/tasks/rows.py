@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_prefix.errors import DataError
@@ -22,15 +22,25 @@ class Row:
         path: The file that the row came from.
         line: Its line in that file, from 1; for a CSV row that spans several lines, the last of them.
         values: Column name to value: strings in CSV files, any JSON value in JSON Lines files.
+        unit: What `line` counts where it is no line.
     """
 
     path: Path
     line: int
     values: Mapping[str, object]
+    unit: str = "line"
 
     def error(self, message: str) -> DataError:
         """Returns (does not raise) an error that names the file and line of this row."""
-        return DataError(f"{self.path}, line {self.line}: {message}")
+        return DataError(f"{self.path}, {self.unit} {self.line}: {message}")
+
+    def with_values(self, values: Mapping[str, object]) -> Row:
+        """Returns a row of the same place with other values.
+
+        Args:
+            values: Column name to value.
+        """
+        return replace(self, values=values)
 
     def value(self, column: str, advice: str = "") -> object:
         """Returns what the row has in `column`.
@@ -47,6 +57,20 @@ class Row:
             raise self.error(f"there is no column {column!r}; the columns are {found}{advice}")
         return self.values[column]
 
+    def inner(self, values: Mapping[str, object], name: str) -> object:
+        """Returns what an object inside this row has as `name`.
+
+        Args:
+            values: The object.
+            name: The name.
+
+        Raises:
+            DataError: It has nothing of that name.
+        """
+        if name not in values:
+            raise self.error(f"there is no {name!r} in {dict(values)!r}")
+        return values[name]
+
     def text(self, column: str, advice: str = "") -> str:
         """Returns the one string in `column`, unchanged.
 
@@ -55,7 +79,7 @@ class Row:
         """
         value = self.value(column, advice)
         if not isinstance(value, str):
-            raise self.error(f"column {column!r} must hold a string, got {_json_type(value)}")
+            raise self.error(f"column {column!r} must hold a string, got {json_type(value)}")
         if not value.strip():
             raise self.error(f"column {column!r} is empty; fill it in or remove the row")
         return value
@@ -74,7 +98,7 @@ class Row:
             return (self.text(column, advice),)
         wrong = [item for item in value if not isinstance(item, str)]
         if wrong:
-            raise self.error(f"column {column!r} must hold strings, got {_json_type(wrong[0])} in its list")
+            raise self.error(f"column {column!r} must hold strings, got {json_type(wrong[0])} in its list")
         texts = tuple(item for item in value if item.strip())
         if not texts:
             raise self.error(f"column {column!r} has no text in its list; fill it in or remove the row")
@@ -122,7 +146,7 @@ def _json_object(path: Path, line: int, text: str) -> Mapping[str, object]:
             "every line must be one JSON object"
         ) from error
     if not isinstance(values, dict):
-        raise DataError(f"{path}, line {line}: every line must be a JSON object, got {_json_type(values)}")
+        raise DataError(f"{path}, line {line}: every line must be a JSON object, got {json_type(values)}")
     return values
 
 
@@ -163,7 +187,50 @@ def _either(names: Mapping[str, object]) -> str:
     return f"{', '.join(others)} or {last}"
 
 
-def _json_type(value: object) -> str:
-    """Names a JSON value's type as JSON does, for error messages."""
+def read_json(path: Path) -> object:
+    """Returns the value of a JSON file.
+
+    Args:
+        path: The file, in UTF-8.
+
+    Raises:
+        DataError: It is missing, or no JSON.
+    """
+    text = "\n".join(read_lines(path))
+    try:
+        value: object = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: broken JSON at column {error.colno} ({error.msg})") from error
+    return value
+
+
+def read_lines(path: Path) -> list[str]:
+    """Returns the lines of a text file, without their line breaks; a last one that is empty is none.
+
+    Args:
+        path: The file, in UTF-8.
+
+    Raises:
+        DataError: It is missing, not UTF-8, or empty.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no file {path}; check the path")
+    try:
+        # Not splitlines(), which takes more characters than line breaks for ends of lines.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} could not be read as UTF-8: {error}") from error
+    lines = lines[:-1] if not lines[-1] else lines
+    if not lines:
+        raise DataError(f"{path} is empty")
+    return lines
+
+
+def json_type(value: object) -> str:
+    """Names a JSON value's type as JSON does, for error messages.
+
+    Args:
+        value: The value.
+    """
     names = {bool: "a boolean", dict: "an object", list: "a list", str: "a string", type(None): "null"}
     return names.get(type(value), "a number")

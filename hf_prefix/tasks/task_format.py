@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,8 @@ from hf_prefix.tasks.corpus_files import CorpusFiles
 from hf_prefix.tasks.linearization import Linearization
 from hf_prefix.tasks.records import Record, merge_equal_sources
 from hf_prefix.tasks.rows import Row
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,15 @@ class TaskFormat:
         rows = self._rows(read, split)
         if rows is None:
             raise DataError(f"{place} has no data for split {split!r}; looked for {self.describe()}")
-        texts = ((row, self.references(row, split)) for row in rows)
+        texts = [(row, self.references(row, split)) for row in rows]
         records = [Record(source(row), references, self.group(row)) for row, references in texts if references]
         if not records:
             raise DataError(f"{place} has no row with a usable reference for split {split!r}")
+        if len(records) < len(texts):
+            left_out = len(texts) - len(records)
+            logger.warning(
+                "Left out %d of %d rows of %s, split %r, without usable texts.", left_out, len(texts), place, split
+            )
         return merge_equal_sources(records) if self.merge else records
 
     def linearization(self, name: str | None = None) -> Linearization:
