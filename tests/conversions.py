@@ -15,6 +15,7 @@ from transformers import BartForConditionalGeneration, DynamicCache, PreTrainedM
 from adapters import BART, T5, attach
 from families import CAUSAL, FAMILIES, PAD, Family, build, tokens
 from hf_prefix.conversion import convert
+from upstream import CACHE
 
 BOUND = 1e-5
 """Largest difference of logits that counts as equal: two orders of the same float32 sums."""
@@ -144,7 +145,7 @@ def ours_to_cache(family: Family, **options: Any) -> Callable[[Path], Outcome]:
         inputs = batch(base)
         inputs["attention_mask"] = torch.cat([torch.ones(2, 5, dtype=torch.long), inputs["attention_mask"]], dim=1)
         with torch.no_grad():
-            theirs = base(**inputs, past_key_values=plain_cache(folder / "prefix.safetensors", base, 2)).logits
+            theirs = base(**inputs, **{CACHE: plain_cache(folder / "prefix.safetensors", base, 2)}).logits
         return compared(theirs, logits(ours), base)
 
     return run

@@ -16,6 +16,7 @@ from adapters import BART, GPT2, LLAMA
 from conversions import Case, Outcome, base_folder, batch, compared, deep_bart, logits
 from families import Family, build
 from hf_prefix.conversion import convert
+from upstream import CACHE
 
 RECORDED = Path(__file__).parent / "data" / "adapterhub"
 """What adapters 1.3.0 saved and computed."""
@@ -76,7 +77,7 @@ def cached_logits(base: PreTrainedModel, states: States) -> Tensor:
     inputs["attention_mask"] = torch.cat([torch.ones(rows, length).long(), inputs["attention_mask"]], dim=1)
     past = [(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1)) for key, value in states]
     with torch.no_grad():
-        result: Tensor = base(**inputs, past_key_values=DynamicCache(past)).logits
+        result: Tensor = base(**inputs, **{CACHE: DynamicCache(past)}).logits
     return result
 
 

@@ -37,6 +37,10 @@ from hf_prefix.errors import ConversionError, PrefixError, PrefixFileError, Pref
 from hf_prefix.prefix.key_value import KeyValuePrefix
 from hf_prefix.sharing import SavedPrefix
 from hf_prefix.sharing.interop.prefix_file import write_prefix_file
+from upstream import CACHE
+
+# PEFT 0.21.2 calls the cache by the name that transformers 5.24 replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
 PADDING = 4
 
@@ -70,6 +74,8 @@ def llama_peft(folder: Path, **options: Any) -> Path:
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.name != "t5"], ids=lambda item: item.name)
 def test_peft_generates_the_same_tokens(family: Family, tmp_path: Path) -> None:
+    if CACHE != "past_key_values":
+        pytest.skip("PEFT 0.21.2 loses its own prefix in `generate` on transformers 5.24, which renamed the cache")
     config = PrefixTuningConfig(task_type=family.task_type, num_virtual_tokens=5)
     save_peft(config, lambda: build(family), tmp_path / "peft")
     convert(tmp_path / "peft", tmp_path / "ours", "hf_prefix", build(family))
@@ -268,7 +274,7 @@ def test_transformers_generates_the_same_tokens_from_a_file(family: Family, tmp_
     # `generate` leaves out as many tokens as the cache holds.
     inputs = torch.cat([torch.full((2, 3), PAD), tokens(2, PROMPT)], dim=1)
     cache = plain_cache(tmp_path / "prefix.safetensors", base, 2)
-    theirs = base.generate(inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, **GREEDY)
+    theirs = base.generate(inputs, attention_mask=torch.ones_like(inputs), **{CACHE: cache}, **GREEDY)
     assert torch.equal(theirs[:, 3:], generated(ours))
     assert not torch.equal(generated(ours), generated(base))
 

@@ -20,6 +20,7 @@ from hf_prefix.conversion import convert, read_foreign
 from hf_prefix.errors import ConversionError, PrefixError, PrefixFileError, PrefixMismatchError
 from hf_prefix.sharing import SavedPrefix
 from research_formats import LENGTH, RECORDED, cartridge, original_settings, part, prompt, save_original
+from upstream import CACHE
 
 # The original code
 
@@ -129,7 +130,7 @@ def test_a_cartridge_generates_what_its_cache_does_and_keeps_its_frozen_tokens(t
         assert torch.equal(found.value[:, 1:], lists["trainable_values"][layer][0])
     cache = transformers_cache(lists)
     inputs = torch.cat([torch.full((1, LENGTH), PAD), tokens(2, PROMPT)[:1]], dim=1)
-    theirs = build(LLAMA).generate(inputs, attention_mask=torch.ones_like(inputs), past_key_values=cache, **GREEDY)
+    theirs = build(LLAMA).generate(inputs, attention_mask=torch.ones_like(inputs), **{CACHE: cache}, **GREEDY)
     ours = generated(PeftModel.from_pretrained(build(LLAMA), tmp_path / "ours"))
     assert torch.equal(theirs[0, LENGTH:], ours[0])
 
