@@ -173,26 +173,37 @@ def test_calls_that_cannot_be_measured_are_refused() -> None:
         measure_attention_mass(model.train(), texts(LLAMA, 9))
     with model.eval().disable_adapter(), pytest.raises(PrefixError, match="No prefix is active in the model"):
         measure_attention_mass(model, texts(LLAMA, 9))
-    with pytest.raises(UnsupportedCallError, match=r"the model uses 'sdpa'; call model.set_attn_implementation"):
+    with pytest.raises(UnsupportedCallError, match="the model uses sdpa; load the base model with attn_impl"):
         measure_attention_mass(attach(LLAMA, "sdpa"), texts(LLAMA, 9))
 
 
-def refused(name: str) -> str:
-    """Return why a model of the zoo is refused."""
+REFUSED = {
+    **dict.fromkeys(("causal-blt", "causal-cpmant", "causal-xlnet"), "does not return the shares of its attention"),
+    **dict.fromkeys(("causal-hrm_text", "seq2seq-t5gemma2"), "runs several times in a pass"),
+    # Keys of windows, blocks that are filled up, and scores in place of shares.
+    **dict.fromkeys(
+        ("causal-deepseek_v4", "causal-minimax_m3_vl_text", "seq2seq-prophetnet"),
+        "which are no shares of 3 virtual tokens and 24 keys",
+    ),
+}
+"""Models whose attention modules do not tell their shares, and what is said of them."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_do_not_tell_their_shares_are_refused(name: str) -> None:
     (entry,) = [entry for entry in zoo.entries() if entry.name == name]
-    config = PrefixConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_init="random")
+    task_type = "SEQ_2_SEQ_LM" if entry.is_seq2seq else "CAUSAL_LM"
+    config = PrefixConfig(task_type=task_type, num_virtual_tokens=3, prefix_init="random")
     model = get_peft_model(zoo.build(entry), config).eval()
+    text = {"input_ids": zoo.words(1, 24)} | ({"decoder_input_ids": zoo.words(1, 7)} if entry.is_seq2seq else {})
     with torch.no_grad():
-        model(zoo.words(1, 24), output_attentions=True)
+        # Transformers itself leaves hooks behind in the first such call.
+        model(**text, output_attentions=True)
     hooks = hook_count(model)
     with pytest.raises(UnsupportedModelError, match="The attention mass cannot be measured") as refusal:
-        measure_attention_mass(model, [{"input_ids": zoo.words(1, 24)}])
+        measure_attention_mass(model, [text])
+    assert REFUSED[name] in str(refusal.value)
     assert hook_count(model) == hooks
-    return str(refusal.value)
-
-
-def test_models_that_do_not_tell_their_shares_are_refused() -> None:
-    assert "which are no shares of 3 virtual tokens and 24 keys" in refused("causal-minimax_m3_vl_text")
 
 
 def test_a_module_that_returns_something_else_is_refused() -> None:
@@ -200,9 +211,7 @@ def test_a_module_that_returns_something_else_is_refused() -> None:
     # As of a module that returns scores.
     attention: nn.Module = model.get_base_model().transformer.h[0].attn
     attention.register_forward_hook(lambda module, args, output: (output[0], output[1] * 3))
-    with pytest.raises(
-        UnsupportedModelError, match=r"h.0.attn \(GPT2Attention\) (returns \[|does not return the shares)"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"h.0.attn \(GPT2Attention\) returns \["):
         measure_attention_mass(model, texts(GPT2, 9))
 
 

@@ -353,6 +353,16 @@ def test_heatmaps_of_embeddings_write_the_nearest_tokens(embedded: Path):
     figure.canvas.draw()
 
 
+def test_long_tokens_fit_into_their_cells(embedded: Path):
+    nearest = find_nearest_tokens(read_embeddings(embedded), torch.randn(9, 32), 6)
+    texts = [[" internationalisation"] * 6] * 3
+    figure = draw_prefix(summarize(embedded), nearest=nearest, token_texts=texts)
+    figure.canvas.draw()
+    axis = panels(figure)["nearest tokens"]
+    cell = axis.get_window_extent().width / 6
+    assert max(text.get_window_extent().width for text in axis.texts) <= cell
+
+
 def test_many_layers_and_tokens_are_labelled_in_steps(tmp_path: Path):
     attach(LLAMA, num_virtual_tokens=100).save_pretrained(tmp_path)
     axis = panels(draw_prefix(summarize(tmp_path)))["decoder: norm of keys"]

@@ -99,7 +99,7 @@ def inspect(
     embeddings = None if nearest_tokens is None else read_embeddings(folder)
     mass, nearest = None, None
     if text is not None or embeddings is not None:
-        trained = load_prefix(folder, model, gguf_file)
+        trained = load_prefix(folder, model, gguf_file, attn_implementation="eager")
         if text is not None:
             mass = _measure(trained, text, target)
         if embeddings is not None and nearest_tokens is not None:
@@ -117,7 +117,6 @@ def inspect(
 
 def _measure(trained: TrainedPrefix, text: str, target: str | None) -> AttentionMass:
     base = trained.base
-    base.model.set_attn_implementation("eager")
     inputs = encode_text(
         base.model,
         base.tokenizer,

@@ -106,12 +106,13 @@ class TrainedPrefix:
     num_virtual_tokens: int
 
 
-def load_base(name: BaseModelName, dtype: torch.dtype = torch.float32) -> Base:
+def load_base(name: BaseModelName, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None) -> Base:
     """Load a base model and its tokenizer; whether it has an encoder is read from its configuration.
 
     Args:
         name: Which model.
         dtype: Dtype of the weights.
+        attn_implementation: How attention is computed; None: transformers' choice.
 
     Raises:
         PrefixError: The model is unknown, incomplete, or no language model that generates text.
@@ -120,7 +121,8 @@ def load_base(name: BaseModelName, dtype: torch.dtype = torch.float32) -> Base:
     config = _load(name, AutoConfig.from_pretrained, location, **arguments)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     tokenizer = _load(name, AutoTokenizer.from_pretrained, location, **arguments)
-    model = _load(name, auto_class.from_pretrained, location, dtype=dtype, **arguments, **_dense_weights(arguments))
+    loading = {"dtype": dtype, "attn_implementation": attn_implementation, **arguments, **_dense_weights(arguments)}
+    model = _load(name, auto_class.from_pretrained, location, **loading)
     # What PEFT writes into adapter_config.json and model card: never where this machine keeps a package.
     model.name_or_path = model.config.name_or_path = name.name_for_others
     if torch.accelerator.is_available():
@@ -128,13 +130,16 @@ def load_base(name: BaseModelName, dtype: torch.dtype = torch.float32) -> Base:
     return Base(name, model, tokenizer)
 
 
-def load_prefix(folder: Path, model: str | None = None, gguf_file: str | None = None) -> TrainedPrefix:
+def load_prefix(
+    folder: Path, model: str | None = None, gguf_file: str | None = None, attn_implementation: str | None = None
+) -> TrainedPrefix:
     """Load a trained prefix and the base model it belongs to.
 
     Args:
         folder: The prefix folder.
         model: Base model; None: the one that the folder names.
         gguf_file: GGUF file of `model`.
+        attn_implementation: How attention is computed; None: transformers' choice.
 
     Raises:
         PrefixError: The folder is missing or holds no prefix, or the base model cannot be loaded.
@@ -147,7 +152,7 @@ def load_prefix(folder: Path, model: str | None = None, gguf_file: str | None = 
         name = BaseModelName(record.model or config.base_model_name_or_path, record.gguf_file)
     if not name.model:
         raise PrefixError(f"{folder} does not name its base model; pass it with --model.")
-    base = load_base(name)
+    base = load_base(name, attn_implementation=attn_implementation)
     with_prefix = PeftModel.from_pretrained(base.model, str(folder))
     return TrainedPrefix(base, with_prefix, record, config.num_virtual_tokens)
 

@@ -70,7 +70,7 @@ def measure_attention_mass(model: nn.Module, inputs: Sequence[Mapping[str, Tenso
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = _modules_with_prefix(model, base)
-    _check_call(model, base, inputs)
+    _check_call(model, [base.get_submodule(name) for name in modules], inputs)
     meters = {name: _Meter(name, base.get_submodule(name), role) for name, role in modules.items()}
     for one in inputs:
         _run(model, one, list(meters.values()))
@@ -95,18 +95,19 @@ def _layer(module: nn.Module) -> PrefixLayer:
     return cast(PrefixLayer, getattr(module, CHILD_NAME))
 
 
-def _check_call(model: nn.Module, base: nn.Module, inputs: Sequence[Mapping[str, Tensor]]) -> None:
+def _check_call(model: nn.Module, modules: list[nn.Module], inputs: Sequence[Mapping[str, Tensor]]) -> None:
     if not inputs:
         raise PrefixError("There is no input to measure attention on; pass at least one.")
     if model.training:
         raise PrefixError(
             "The model is in training mode, in which dropout changes attention; call model.eval() first."
         )
-    backend = attention_backend(base)
-    if backend != "eager":
+    # Of the modules, since a model of several parts has a choice for each.
+    backends = {attention_backend(module) for module in modules} - {"eager"}
+    if backends:
         raise UnsupportedCallError(
-            f"Only eager attention tells its shares, and the model uses {backend!r}; call "
-            "model.set_attn_implementation('eager') on the base model first."
+            f"Only eager attention tells its shares, and the model uses {', '.join(sorted(backends))}; load the base "
+            "model with attn_implementation='eager'."
         )
     if any(name in one and not bool(one[name].bool().all()) for one in inputs for name in _MASKS):
         raise UnsupportedCallError("A row is padded; pass rows of unequal length in inputs of their own, unpadded.")

@@ -20,8 +20,11 @@ except ModuleNotFoundError as error:
     raise ImportError("Drawing a prefix needs matplotlib; install it with: pip install 'hf_prefix[cli]'") from error
 
 _DOTS_PER_INCH = 120
-_PANEL_WIDTH = 4.6
-"""Inches."""
+_WIDTHS = (4.6, 12.0)
+"""Inches of a panel; wider than the first only where texts need it."""
+
+_BESIDE = 1.4
+"""Inches of it that labels and colours take."""
 
 _ROW = 0.22
 """Inches that a layer takes, unless there are few or many."""
@@ -30,8 +33,14 @@ _TITLE = 0.4
 _HEIGHTS = (2.2, 7.0)
 _MOST_LABELS = 24
 _VIRTUAL_TOKENS = "virtual token"
-_NO_TEXT = 16
+_MOST_TEXTS = 16
 """So many columns, and no more, leave room for a token's text in each cell."""
+
+_TEXT_SIZE = 7.0
+"""Points; smaller where a text would not fit into its cell."""
+
+_LETTER = 0.65 / 72
+"""Width of a letter in inches, for each point of its size."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +114,13 @@ def draw_prefix(
         )
     rows = [row for row in _grid(summary, mass, nearest, token_texts) if row]
     heights = [max(_height(panel) for panel in row) for row in rows]
-    columns = max(map(len, rows))
-    figure = Figure(figsize=(_PANEL_WIDTH * columns, sum(heights) + _TITLE), layout="constrained")
+    widths = [max(map(_width, column)) for column in _columns(rows)]
+    figure = Figure(figsize=(sum(widths), sum(heights) + _TITLE), layout="constrained")
     FigureCanvasAgg(figure)
     base = NamedBase(summary.base_model, None, None).shown
     figure.suptitle(f"{summary.num_virtual_tokens} virtual tokens for {base}", parse_math=False)
-    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    shape = len(rows), len(widths)
+    grid = figure.subplots(*shape, squeeze=False, height_ratios=heights, width_ratios=widths)
     for axes, row in zip(grid, rows, strict=True):
         for axis, panel in zip(axes, row, strict=False):
             _draw(figure, axis, panel)
@@ -172,6 +182,25 @@ def _drawable(text: str) -> str:
     return "".join(letter if font.get_char_index(ord(letter)) else ascii(letter)[1:-1] for letter in repr(text))
 
 
+def _columns(rows: list[list[Panel]]) -> list[list[Panel]]:
+    return [[row[column] for row in rows if column < len(row)] for column in range(max(map(len, rows)))]
+
+
+def _width(panel: Panel) -> float:
+    least, most = _WIDTHS
+    return min(max(least, _BESIDE + _text_width(panel)), most)
+
+
+def _text_width(panel: Panel) -> float:
+    """Return how many inches the texts of a row need, of the size that they are to have."""
+    longest = max((len(text) for texts in panel.texts or () for text in texts), default=0)
+    return longest * len(panel.values[0]) * _TEXT_SIZE * _LETTER if _has_texts(panel) else 0.0
+
+
+def _has_texts(panel: Panel) -> bool:
+    return panel.texts is not None and len(panel.values[0]) <= _MOST_TEXTS
+
+
 def _height(panel: Panel) -> float:
     least, most = _HEIGHTS
     return min(max(least, 1.2 + _ROW * len(panel.rows)), most)
@@ -186,7 +215,7 @@ def _draw(figure: Figure, axis: Any, panel: Panel) -> None:
     columns = len(panel.values[0])
     _label(axis.set_xticks, [str(column) for column in range(columns)])
     _label(axis.set_yticks, panel.rows)
-    if panel.texts is not None and columns <= _NO_TEXT:
+    if _has_texts(panel):
         _write(axis, panel, image)
     figure.colorbar(image, ax=axis, label=panel.scale)
 
@@ -198,10 +227,19 @@ def _label(set_ticks: Any, labels: Sequence[str]) -> None:
 
 
 def _write(axis: Any, panel: Panel, image: Any) -> None:
+    size = _TEXT_SIZE * min(1.0, (_width(panel) - _BESIDE) / _text_width(panel))
     for row, texts in enumerate(panel.texts or ()):
         for column, text in enumerate(texts):
             # Dark on bright colours; a dollar sign would begin a formula.
             colour = "black" if image.norm(panel.values[row][column]) > 0.5 else "white"
             axis.text(
-                column, row, text, ha="center", va="center", fontsize=7, color=colour, parse_math=False, clip_on=True
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=size,
+                color=colour,
+                parse_math=False,
+                clip_on=True,
             )
