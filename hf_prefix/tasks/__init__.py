@@ -2,6 +2,7 @@
 
 from hf_prefix.tasks.data_to_text import DART, E2E, PAIRS, WEBNLG
 from hf_prefix.tasks.folders import TASK_FORMATS, load_task_folder, recognize_format
+from hf_prefix.tasks.hub import load_hub_dataset
 from hf_prefix.tasks.linearization import Linearization, linearize_slots, linearize_triples
 from hf_prefix.tasks.paper_linearization import paper_dart_triples, paper_slots, paper_webnlg_triples
 from hf_prefix.tasks.records import Record, read_records, training_pairs
@@ -20,6 +21,7 @@ __all__ = [
     "TaskFormat",
     "linearize_slots",
     "linearize_triples",
+    "load_hub_dataset",
     "load_task_folder",
     "paper_dart_triples",
     "paper_slots",

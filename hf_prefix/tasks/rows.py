@@ -19,13 +19,13 @@ class Row:
     """One row of a data file.
 
     Attributes:
-        path: The file that the row came from.
+        path: The file that the row came from, or the name of what it came from.
         line: Its line in that file, from 1; for a CSV row that spans several lines, the last of them.
         values: Column name to value: strings in CSV files, any JSON value in JSON Lines files.
         unit: What `line` counts where it is no line.
     """
 
-    path: Path
+    path: Path | str
     line: int
     values: Mapping[str, object]
     unit: str = "line"
