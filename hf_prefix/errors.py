@@ -39,3 +39,7 @@ class TrainingError(PrefixError):
 
 class DivergenceError(TrainingError):
     """The loss or a gradient is no longer finite; the message names step, loss and likely cause."""
+
+
+class MetricUnavailableError(PrefixError):
+    """A metric needs a program or package that is not here; no other metric is put in its place."""

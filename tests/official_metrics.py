@@ -8,7 +8,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hf_prefix.metrics import corpus_bleu, corpus_nist
+from hf_prefix.metrics import (
+    RougeScore,
+    cider,
+    corpus_bleu,
+    corpus_chrf,
+    corpus_meteor,
+    corpus_nist,
+    corpus_rouge,
+    corpus_ter,
+    rouge_l,
+)
+from hf_prefix.metrics.ptb import ptb_tokens
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "metrics"
 GROUPS = ("all", "seen", "unseen")
@@ -25,6 +36,7 @@ class Comparison:
         official: The script's number.
         ours: Computes our number.
         tolerance: Largest difference that is left; see docs/metrics.md for the differences themselves.
+        slow: Whether it takes many seconds.
     """
 
     task: str
@@ -33,6 +45,7 @@ class Comparison:
     official: float
     ours: Callable[[], float]
     tolerance: float
+    slow: bool = False
 
     def __str__(self) -> str:
         return f"{self.task}-{self.metric}-{self.system}"
@@ -65,6 +78,8 @@ def comparisons() -> Iterator[Comparison]:
         yield from _generation_eval(system, official)
     for system, official in scores["dart"].items():
         yield from _dart(system, official)
+    for system, official in scores["xsum_rouge155"].items():
+        yield from _xsum(system, official["rerun ROUGE-1.5.5 no stemming"])
 
 
 def _e2e(system: str, official: dict[str, float]) -> Iterator[Comparison]:
@@ -75,8 +90,19 @@ def _e2e(system: str, official: dict[str, float]) -> Iterator[Comparison]:
         return corpus_bleu(texts, references, lowercase=True).score / 100
 
     yield Comparison("e2e", "BLEU", system, official["BLEU"], bleu, 1e-12)
-    # The script prints four decimals.
+
+    def meteor() -> float:
+        return corpus_meteor(list(map(_ptb, texts)), [list(map(_ptb, row)) for row in references]).score
+
+    # The script prints four decimals of NIST.
     yield Comparison("e2e", "NIST", system, official["NIST_perl"], lambda: corpus_nist(texts, references).score, 5e-5)
+    yield Comparison("e2e", "ROUGE-L", system, official["ROUGE_L"], lambda: rouge_l(texts, references).score, 1e-12)
+    yield Comparison("e2e", "CIDEr", system, official["CIDEr"], lambda: cider(texts, references).score, 1e-12)
+    yield Comparison("e2e", "METEOR", system, official["METEOR"], meteor, 1e-12, slow=system != "example-baseline")
+
+
+def _ptb(text: str) -> str:
+    return " ".join(ptb_tokens(text))
 
 
 def _in_group(group: str) -> list[int]:
@@ -93,7 +119,16 @@ def _webnlg(system: str, group: str, official: dict[str, float]) -> Iterator[Com
     def bleu() -> float:
         return corpus_bleu(texts, references, tokenized=True, empty_references_up_to=3).score
 
+    def ter() -> float:
+        return corpus_ter(texts, references).score
+
+    def meteor() -> float:
+        return corpus_meteor(texts, references).score
+
     yield Comparison("webnlg2017", f"BLEU {group}", system, official["BLEU"], bleu, 1e-10)
+    yield Comparison("webnlg2017", f"METEOR {group}", system, official["METEOR"], meteor, 1e-12, slow=True)
+    slow = (system, group) not in (("Tilburg_University-1", "unseen"), ("PKUWriter", "unseen"))
+    yield Comparison("webnlg2017", f"TER {group}", system, official["TER"], ter, 1.2e-3, slow)
 
 
 def _generation_eval(system: str, official: dict[str, float]) -> Iterator[Comparison]:
@@ -102,7 +137,11 @@ def _generation_eval(system: str, official: dict[str, float]) -> Iterator[Compar
     def bleu() -> float:
         return corpus_bleu(texts, references, empty_references_up_to=4).score
 
+    def chrf() -> float:
+        return corpus_chrf(texts, references).score
+
     yield Comparison("generation_eval", "BLEU", system, official["bleu_full"], bleu, 1e-10)
+    yield Comparison("generation_eval", "chrF++", system, official["chrf++"], chrf, 1e-12)
 
 
 def _dart(system: str, official: dict[str, float]) -> Iterator[Comparison]:
@@ -111,4 +150,25 @@ def _dart(system: str, official: dict[str, float]) -> Iterator[Comparison]:
     def bleu() -> float:
         return corpus_bleu(texts, references, tokenized=True, empty_references_up_to=3).score
 
+    def ter() -> float:
+        return corpus_ter(texts, references).score
+
+    def meteor() -> float:
+        return corpus_meteor(texts, references).score
+
     yield Comparison("dart", "BLEU", system, official["BLEU"], bleu, 1e-10)
+    yield Comparison("dart", "METEOR", system, official["METEOR"], meteor, 1e-12, slow=True)
+    yield Comparison("dart", "TER", system, official["TER"], ter, 1.2e-3, slow=True)
+
+
+def _xsum(system: str, official: dict[str, float]) -> Iterator[Comparison]:
+    texts = column(f"xsum_rouge155/{system}", "hyp")
+    references = [[text] for text in column("xsum_rouge155/references", "reference")]
+
+    @cache
+    def rouge() -> RougeScore:
+        return corpus_rouge(texts, references, stem=False)
+
+    yield Comparison("xsum_rouge155", "ROUGE-1", system, official["ROUGE-1 F"], lambda: rouge().rouge1, 2e-4)
+    yield Comparison("xsum_rouge155", "ROUGE-2", system, official["ROUGE-2 F"], lambda: rouge().rouge2, 2e-4)
+    yield Comparison("xsum_rouge155", "ROUGE-L", system, official["ROUGE-L F"], lambda: rouge().rouge_l, 2e-4)
