@@ -1,6 +1,5 @@
 """The attention of a base model, found from its configuration alone."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,18 @@ def base_layout(base_model: str | Path | PreTrainedModel, **arguments: Any) -> B
     model = base_model if isinstance(base_model, PreTrainedModel) else _without_weights(str(base_model), arguments)
     with prefixes_off(model):
         found = find_sites(model)
-    roles = list(dict.fromkeys(site.role for site in found))
+    by_role = {
+        role: [site for site in found if site.role == role] for role in dict.fromkeys(site.role for site in found)
+    }
     modules: dict[str, nn.Module] = {}
-    for role in roles:
-        modules |= looked_at(model, [site for site in found if site.role == role])
+    for sites in by_role.values():
+        modules |= looked_at(model, sites)
     return BaseLayout(
         name=model.name_or_path or None,
         is_encoder_decoder=bool(model.config.is_encoder_decoder),
         has_relative_positions=any(site.has_relative_positions for site in found if site.role == "decoder"),
-        sites=tuple(_site(site, model) for site in found),
-        fingerprint=fingerprint(model, modules, dict(Counter(site.role for site in found))),
+        sites=tuple(_site(site, by_role[site.role], model) for site in found),
+        fingerprint=fingerprint(model, modules, {role: len(sites) for role, sites in by_role.items()}),
     )
 
 
@@ -65,8 +66,9 @@ def _without_weights(location: str, arguments: dict[str, Any]) -> PreTrainedMode
     return model
 
 
-def _site(site: AttentionSite, model: PreTrainedModel) -> BaseSite:
-    place = site.places[0]
+def _site(site: AttentionSite, same_role: list[AttentionSite], model: PreTrainedModel) -> BaseSite:
+    # Encoders have no cache; what counts is their order.
+    place = same_role.index(site) if site.role == "encoder" else site.places[0]
     if len(site.places) > 1 or place is None:
         raise ConversionError(
             f"{site.name} of {type(model).__name__} stores keys and values in the places {site.places} of the cache, "

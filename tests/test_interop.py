@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -164,7 +165,7 @@ def test_a_refusal_gives_every_reason(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (wider_llama, r"key size, value size\) = \(2, 8, 8\), and .* has \(2, 16, 16\)"),
-        (deeper_llama, r"has 2 layers, and the decoder of .* in the layers \[0, 1, 2\]"),
+        (deeper_llama, r"has 2 layers, and the decoder of .* of its own in the layers \[0, 1, 2\]"),
         (lambda: build(BART), "task_type='CAUSAL_LM', and .* is an encoder-decoder"),
     ],
 )
@@ -463,3 +464,30 @@ def test_converted_prefixes_learn_on(tmp_path: Path) -> None:
     )
     assert torch.equal(logits(fresh), logits_before)
     assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_encoders_that_tell_no_place_in_a_cache_are_counted(tmp_path: Path) -> None:
+    settings = build(BART).config.to_diff_dict() | {"encoder_layers": 3, "model_type": "marian"}
+    config = transformers.MarianConfig(**settings)
+    torch.manual_seed(0)
+    model = transformers.MarianMTModel(config).eval()
+    prefixed = get_peft_model(model, prefix_config(BART))
+    prefixed.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "prefix.safetensors", "safetensors", base_folder(model, tmp_path))
+    with safe_open(tmp_path / "prefix.safetensors", framework="pt") as file:
+        assert {f"encoder.{layer}.key" for layer in range(3)} <= set(file.keys())
+    again = read_foreign(tmp_path / "prefix.safetensors")
+    for name, prefix in SavedPrefix.load(tmp_path / "ours").key_values.items():
+        assert torch.equal(again.key_values[name].key, prefix.key)
+
+
+def test_attention_in_some_layers_only_is_refused(tmp_path: Path) -> None:
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, lru_width=32
+    )
+    make = lambda: transformers.RecurrentGemmaForCausalLM(config).eval()  # noqa: E731
+    folder = llama_peft(tmp_path)
+    with pytest.raises(
+        PrefixMismatchError, match=r"own in the layers \[2\]. Give .* PEFT's has a part for every layer"
+    ):
+        read_foreign(folder, make())

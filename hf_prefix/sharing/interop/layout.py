@@ -19,7 +19,7 @@ class BaseSite:
     Args:
         name: Its name in the model.
         module: Its role and sizes.
-        layer: Its place in the model's cache of keys and values.
+        layer: Its place in the model's cache of keys and values; in an encoder, which has none, its number there.
         window: How many positions it sees, its own included, if it has a sliding window.
     """
 

@@ -98,7 +98,8 @@ def _check_depth(layers: Sequence[KeyValuePrefix], sites: Sequence[BaseSite], ba
     if not fits or not _is_every_layer(sites):
         raise PrefixMismatchError(
             f"The prefix in {folder} has {len(layers)} layers, and the decoder of {base.name or 'the base model'} has "
-            f"attention in the layers {[site.layer for site in sites]}. Give its own base model."
+            f"attention of its own in the layers {[site.layer for site in sites]}. Give its own base model; if this "
+            "is it, the prefix cannot be converted, because PEFT's has a part for every layer."
         )
 
 
