@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from command_line import ROWS, error_of, process, run, train_on, usage_error_of, write_rows
 from hf_prefix.cli.checkpoints import Checkpoints
-from hf_prefix.cli.repeatable import RepeatableOrder, length_grouped_order
 from hf_prefix.training import PairCollator, PairEncoder
+from hf_prefix.training.length_grouping import RepeatableOrder, length_grouped_order
 from tiny_model import save_with_tokenizer, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from hf_prefix.training import (
     PairCollator,
     PairEncoder,
     PrefixTrainer,
+    RepeatableOrder,
     context_length,
     generate_from_ids,
     generate_texts,
@@ -245,6 +246,24 @@ def test_both_trainers_learn_the_same_prefix(accumulation: int, tmp_path: Any):
     for (name, found), wanted in zip(ours.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
         assert torch.equal(found, fresh[name]) != found.requires_grad
+
+
+def padding_share(tmp_path: Any, order: Callable[[list[EncodedPair]], Any], strategy: str) -> float:
+    """Return the share of padding in the batches of an epoch, each of which has all examples once."""
+    pairs = PairEncoder(tiny_tokenizer()).encode_pairs([("x" * (7 * i % 61 + 1), "y") for i in range(120)])
+    options = {"train_sampling_strategy": strategy, "per_device_train_batch_size": 4}
+    model = with_prefix(tiny_llama())
+    trainer = Trainer(model, arguments(tmp_path, **options), data_collator=PairCollator(0), train_dataset=order(pairs))
+    masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+    assert sum(int(mask.sum()) for mask in masks) == sum(len(pair["input_ids"]) for pair in pairs)
+    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+
+def test_batches_of_about_equal_length_have_less_padding(tmp_path: Any):
+    shuffled = padding_share(tmp_path, list, "random")
+    grouped = padding_share(tmp_path, list, "group_by_length")
+    repeatable = padding_share(tmp_path, lambda pairs: RepeatableOrder(pairs, 4, 0), "sequential")
+    assert max(grouped, repeatable) < shuffled / 3
 
 
 def test_an_encoder_decoder_takes_the_same_steps_in_accumulated_batches(tmp_path: Any):

@@ -17,10 +17,9 @@ from hf_prefix.cli.checkpoints import KEPT, step_of, without_embeddings
 from hf_prefix.cli.console import progress_bar
 from hf_prefix.cli.outcome import FitResult
 from hf_prefix.cli.precision import Compute
-from hf_prefix.cli.repeatable import RepeatableOrder
 from hf_prefix.cli.watching import DevBleu, LiveLoss, StopAfterStep
 from hf_prefix.errors import TrainingError
-from hf_prefix.training import PrefixTrainer
+from hf_prefix.training import PrefixTrainer, RepeatableOrder
 
 _CHECKPOINTING = (
     "activation_checkpointing"

@@ -14,6 +14,7 @@ from hf_prefix.training.encoding import (
 )
 from hf_prefix.training.generation import DecodingSettings, generate_from_ids, generate_texts
 from hf_prefix.training.generation_evaluation import GeneratedTexts
+from hf_prefix.training.length_grouping import RepeatableOrder
 from hf_prefix.training.paper import PAPER_RECIPES, PaperRecipe, paper_arguments
 from hf_prefix.training.trainer import PrefixTrainer
 
@@ -30,6 +31,7 @@ __all__ = [
     "PairEncoder",
     "PaperRecipe",
     "PrefixTrainer",
+    "RepeatableOrder",
     "context_length",
     "generate_from_ids",
     "generate_texts",

@@ -16,8 +16,9 @@ _FEWEST_POOLS = 4
 class RepeatableOrder(Dataset[Mapping[str, Any]]):
     """Examples in an order that depends on seed and epoch alone, batches of about equal length.
 
-    transformers' own grouping by length draws from the global random numbers, which are elsewhere in a run that
-    resumes. Read this in sequence: `Trainer` and accelerate call `set_epoch`.
+    transformers' own grouping by length (`train_sampling_strategy="group_by_length"`) draws from the global random
+    numbers, which are elsewhere in a run that resumes. Read this in sequence, with
+    `TrainingArguments(train_sampling_strategy="sequential")`: `Trainer` and accelerate call `set_epoch`.
 
     Args:
         examples: The examples, each with its `input_ids`.
