@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 
 from adapters import BART, GPT2, LLAMA, T5, attach
-from families import Family, tokens
+from families import Family, build, tokens
 from hf_prefix import TrainingError
 from hf_prefix.training import PrefixTrainer
 from hf_prefix.training.losses import keep_labelled_logits, labelled_columns
@@ -194,6 +194,16 @@ def test_kept_columns_are_the_labelled_ones_and_those_before_them() -> None:
 def test_a_batch_without_labels_is_left_as_it_is() -> None:
     batch = {"labels": torch.full((2, 6), IGNORED)}
     assert keep_labelled_logits(batch) is batch
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_of_peft_leave_the_loss_to_the_labels(kind: type[PeftConfig], tmp_path: Path) -> None:
+    """PEFT's prompt tuning makes labels of its own for its tokens, so that no logits may be left out."""
+    model = get_peft_model(build(LLAMA), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    batch = {"input_ids": tokens(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    batch["labels"] = labels_like(LABELS[next(iter(LABELS))])
+    trainer = PrefixTrainer(model, training_arguments(tmp_path), train_dataset=[0])
+    assert torch.equal(trainer.compute_loss(model, batch), model(**batch).loss)
 
 
 def test_outputs_that_are_asked_for_have_all_logits(some_family: Family, tmp_path: Path) -> None:

@@ -147,6 +147,13 @@ def test_decoder_only_batches_end_together():
     assert batch["labels"].tolist() == [[-100, -100, 7], [-100, -100, 8]]
 
 
+def test_decoder_only_batches_that_begin_together():
+    batch = PairCollator(pad_token_id=9, padding_side="right")(EXAMPLES)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7], [8, -100, -100]]
+
+
 def test_encoder_decoder_batches_begin_together():
     batch = PairCollator(pad_token_id=9, is_encoder_decoder=True)(EXAMPLES)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
@@ -361,6 +368,40 @@ def test_without_stop_string_line_breaks_are_text():
     assert say("ab\nc ", DecodingSettings(max_new_tokens=5, stop_string=None)) == ("ab\nc", 5)
 
 
+def test_banned_strings_are_not_generated():
+    tokenizer, model = tiny_tokenizer(), with_prefix(spread(tiny_llama()))
+
+    def text(*banned: str) -> str:
+        settings = DecodingSettings(max_new_tokens=8, stop_string=None, banned_strings=banned, min_new_tokens=8)
+        return generate_texts(model, tokenizer, ["dddd d"], settings=settings)[0]
+
+    free = next(character for character in text() if character.isascii())
+    assert free not in text(free)
+    assert len(text(free)) > 1
+
+
+def test_settings_replace_those_of_the_model():
+    model = spread(tiny_llama())
+    model.generation_config.no_repeat_ngram_size = 2
+    encoded = DecodingSettings(8, 3, 1, None, 2, 0.5, True, 0, ("ab",)).options(tiny_tokenizer())
+    assert encoded == {
+        "max_new_tokens": 8,
+        "num_beams": 3,
+        "do_sample": False,
+        "min_new_tokens": 2,
+        "length_penalty": 0.5,
+        "early_stopping": True,
+        "no_repeat_ngram_size": 0,
+        "bad_words_ids": tiny_tokenizer()(["ab"])["input_ids"],
+    }
+    texts = [
+        generate_texts(model, tiny_tokenizer(), ["b"], settings=DecodingSettings(24, stop_string=None, **options))
+        for options in ({}, {"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 0})
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
 def test_decoding_leaves_the_model_in_its_mode():
     model = with_prefix(tiny_llama()).train()
     generate_texts(model, tiny_tokenizer(), ["a"], settings=DecodingSettings(max_new_tokens=1))
@@ -381,6 +422,10 @@ def test_a_prompt_that_leaves_no_room_is_refused():
         ({"num_beams": 0}, "num_beams must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"stop_string": ""}, "stop_string must not be empty"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be at least 0, got -1"),
+        ({"banned_strings": ("a", "")}, "banned_strings must not hold an empty string"),
+        ({"length_penalty": 0.8}, "length_penalty=0.8 is for beam search; raise num_beams"),
+        ({"early_stopping": False}, "early_stopping=False is for beam search"),
     ],
 )
 def test_impossible_decoding_settings_are_refused(options: dict[str, Any], message: str):

@@ -16,6 +16,7 @@ from hf_prefix.cli import (
     pull,
     push,
     quickstart,
+    reproduce,
     train,
 )
 from hf_prefix.cli.console import ReadableErrorsGroup, quiet_libraries
@@ -58,6 +59,7 @@ app.command(epilog=composition.AVERAGE_EXAMPLES)(composition.average)
 app.command(epilog=composition.TRUNCATE_EXAMPLES)(composition.truncate)
 app.command(epilog=composition.SELECT_LAYERS_EXAMPLES)(composition.select_layers)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
+app.command(epilog=reproduce.EXAMPLES)(reproduce.reproduce)
 app.command(epilog=push.EXAMPLES)(push.push)
 app.command(epilog=pull.EXAMPLES)(pull.pull)
 app.command(epilog=export.EXAMPLES)(export.export)

@@ -4,13 +4,20 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_prefix import fold_prefix
 from hf_prefix.cli.checkpoints import KEPT, step_of, without_embeddings
@@ -118,7 +125,9 @@ class _Fit:
     saving: Saving | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
 
-    def trainer(self, model: PeftModel, folder: str, trainer_class: Callable[..., Trainer]) -> Trainer:
+    def trainer(
+        self, model: PreTrainedModel | PeftModel, folder: str, trainer_class: Callable[..., Trainer]
+    ) -> Trainer:
         """Return the trainer, without the progress bars of its own."""
         dev = None if self.evaluation is None else sorted(self.evaluation.examples, key=_length)
         trainer = trainer_class(
@@ -186,15 +195,39 @@ def fit_prefix(
     data: TrainingData,
     settings: FitSettings,
     compute: Compute,
-    *,
-    trainer_class: Callable[..., Trainer] = PrefixTrainer,
-    evaluation: Evaluation | None = None,
-    saving: Saving | None = None,
+    **options: Any,
 ) -> FitResult:
     """Train the active prefix of a model, in place, and drop its projection at the end.
 
     Args:
         model: The model with the prefix.
+        data: What is learned from.
+        settings: Learning rate and so on.
+        compute: Device and number format.
+        **options: Those of `fit_model`.
+
+    Raises:
+        DivergenceError: The loss, a gradient or the dev loss stopped being finite.
+    """
+    result = fit_model(model, data, settings, compute, **options)
+    fold_prefix(model)
+    return result
+
+
+def fit_model(
+    model: PreTrainedModel | PeftModel,
+    data: TrainingData,
+    settings: FitSettings,
+    compute: Compute,
+    *,
+    trainer_class: Callable[..., Trainer] = PrefixTrainer,
+    evaluation: Evaluation | None = None,
+    saving: Saving | None = None,
+) -> FitResult:
+    """Train what is trainable in a model, in place.
+
+    Args:
+        model: The model, wrapped by PEFT or not.
         data: What is learned from.
         settings: Learning rate and so on.
         compute: Device and number format.
@@ -207,14 +240,14 @@ def fit_prefix(
     """
     stop = StopAfterStep()
     resume_from = None if saving is None else saving.resume_from
-    with stop.listening(), _folder(saving) as folder, progress_bar("Training") as bar, without_embeddings(model):
+    adapter_alone = without_embeddings(model) if isinstance(model, PeftModel) else nullcontext()
+    with stop.listening(), _folder(saving) as folder, progress_bar("Training") as bar, adapter_alone:
         measuring = [DevBleu(evaluation.bleu)] if evaluation is not None and evaluation.bleu is not None else []
         fit = _Fit(data, settings, compute, evaluation, saving, [*measuring, LiveLoss(bar), stop])
         trainer = fit.trainer(model, folder, trainer_class)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         seconds = time.perf_counter() - start
-    fold_prefix(model)
     resumed = None if resume_from is None else step_of(resume_from)
     state = trainer.state
     return FitResult(state.log_history, state.global_step, round(seconds, 2), stop.asked, resumed)

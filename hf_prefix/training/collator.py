@@ -39,10 +39,13 @@ class PairCollator:
         pad_token_id: Fills up `input_ids`; masked out by `attention_mask`.
         is_encoder_decoder: Whether source and target go to different stacks; both are then padded on the
             right.
+        padding_side: Where decoder-only batches are padded. "right" is for what is not a prefix of this library:
+            without one, a model counts positions from the first column (transformers 5.23), padding included.
     """
 
     pad_token_id: int
     is_encoder_decoder: bool = False
+    padding_side: Side = "left"
 
     def __call__(self, examples: Sequence[EncodedPair]) -> dict[str, Tensor]:
         """Return `input_ids`, `attention_mask` and `labels`, each [batch, longest].
@@ -50,7 +53,7 @@ class PairCollator:
         Args:
             examples: The encoded pairs of one batch.
         """
-        side: Side = "right" if self.is_encoder_decoder else "left"
+        side: Side = "right" if self.is_encoder_decoder else self.padding_side
         sources = [example["input_ids"] for example in examples]
         return {
             "input_ids": pad_rows(sources, self.pad_token_id, side),

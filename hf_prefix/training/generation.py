@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,22 +26,70 @@ class DecodingSettings:
         batch_size: Prompts decoded at a time.
         stop_string: A text ends before this string (its first occurrence after some text). None: only at the
             end token.
+        min_new_tokens: Fewest tokens per text. This and the following: None is what the model's own
+            `generation_config` says.
+        length_penalty: Exponent of the length that the score of a beam is divided by.
+        early_stopping: Whether beam search ends as soon as it has as many texts as beams.
+        no_repeat_ngram_size: Length of the n-grams that no text may hold twice; 0: none.
+        banned_strings: Strings whose tokens, in sequence, are never generated.
 
     Raises:
-        DataError: A number is below 1, or the stop string is empty.
+        DataError: A number is below 1 (below 0 where 0 means none), the stop string or a banned one is empty, or an
+            option of beam search is given without beams.
     """
 
     max_new_tokens: int = 64
     num_beams: int = 1
     batch_size: int = 16
     stop_string: str | None = "\n"
+    min_new_tokens: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | None = None
+    no_repeat_ngram_size: int | None = None
+    banned_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams", "batch_size"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, least in (
+            ("max_new_tokens", 1),
+            ("num_beams", 1),
+            ("batch_size", 1),
+            ("min_new_tokens", 0),
+            ("no_repeat_ngram_size", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise DataError(f"{name} must be at least {least}, got {value}.")
         if self.stop_string == "":
             raise DataError("stop_string must not be empty; pass None to stop at the end token only.")
+        if "" in self.banned_strings:
+            raise DataError(f"banned_strings must not hold an empty string, got {self.banned_strings!r}.")
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        for name in ("length_penalty", "early_stopping"):
+            if self.num_beams == 1 and getattr(self, name) is not None:
+                raise DataError(f"{name}={getattr(self, name)} is for beam search; raise num_beams or leave it out.")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return asdict(self) | {"banned_strings": list(self.banned_strings)}
+
+    def options(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Return the arguments of `generate` that these settings fix.
+
+        Args:
+            tokenizer: Tokenizer of the model, for the banned strings.
+        """
+        optional = {
+            "min_new_tokens": self.min_new_tokens,
+            "length_penalty": self.length_penalty,
+            "early_stopping": self.early_stopping,
+            "no_repeat_ngram_size": self.no_repeat_ngram_size,
+        }
+        given = {name: value for name, value in optional.items() if value is not None}
+        if self.banned_strings:
+            given["bad_words_ids"] = tokenizer(list(self.banned_strings), add_special_tokens=False)["input_ids"]
+        return given | {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": False}
 
 
 class StopAfterString(StoppingCriteria):
@@ -176,9 +224,6 @@ def _decode_batch(
     output = model.generate(
         input_ids=input_ids,
         attention_mask=mask,
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=settings.num_beams,
-        do_sample=False,
         pad_token_id=pad_token_id,
         eos_token_id=end_token_ids(model, tokenizer),
         stopping_criteria=stopping,
@@ -186,6 +231,7 @@ def _decode_batch(
         temperature=None,
         top_p=None,
         top_k=None,
+        **settings.options(tokenizer),
     )
     new_texts = tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
     return [_until(text, settings.stop_string) for text in new_texts]

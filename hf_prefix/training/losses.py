@@ -45,9 +45,14 @@ def count_items(labels: Tensor, reduction: LossReduction, is_encoder_decoder: bo
 def accepts_logits_to_keep(model: nn.Module) -> bool:
     """Whether a model is decoder-only and can leave out logits: its forward says so.
 
+    PEFT's prompt tuning puts virtual tokens into the sequence itself, and labels in front of those that it is given,
+    so that these no longer fit logits of some columns.
+
     Args:
         model: The model, wrapped by PEFT or not.
     """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = getattr(base, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):

@@ -1,7 +1,6 @@
 """A thin `transformers.Trainer`: the paper's loss, logits only where there are labels, evaluation by texts."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -218,7 +217,7 @@ class PrefixTrainer(Trainer):
         prefix_facts = {
             "loss_reduction": self.loss_reduction,
             "base_dropout": not self._switches_dropout_off(),
-            "decoding": None if self.decoding is None else asdict(self.decoding),
+            "decoding": None if self.decoding is None else self.decoding.as_json(),
         }
         return training_facts(self) | prefix_facts
 

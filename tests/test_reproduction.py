@@ -1,0 +1,314 @@
+"""The paper's experiments: every method side by side, recipes, and runs that are killed and go on."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from command_line import error_of, process, run, usage_error_of
+from hf_prefix.cli import reproduction_run
+from hf_prefix.errors import TrainingError, UnsupportedModelError
+from hf_prefix.reproduction.methods import METHODS, Start, prepare
+from hf_prefix.reproduction.recipe import find_recipe, load_recipe, parse_recipe, recipe_names
+from hf_prefix.training import PAPER_RECIPES, DecodingSettings
+from tiny_model import save_with_tokenizer, tiny_bart, tiny_gpt2, tiny_llama, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
+
+QUICK = ["--steps", 2, "--max-new-tokens", 2, "--seed", 0, "--train-size", 4, "--batch-size", 2]
+TRIPLES = [
+    {"triples": [["A", "isIn", "B" * n]], "references": [f"A is in {n}."], "comments": ["good"], "seen": n % 2 == 0}
+    for n in range(1, 7)
+]
+SPLITS = {"train": TRIPLES, "test_seen": TRIPLES[:3:2], "test_unseen": TRIPLES[1:4:2]}
+
+
+@pytest.fixture(scope="module")
+def webnlg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A WebNLG folder."""
+    folder = tmp_path_factory.mktemp("webnlg")
+    for split, rows in SPLITS.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that recipes know by its folder's name."""
+    return save_with_tokenizer(tiny_llama(), tmp_path_factory.mktemp("models") / "smollm2-like")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with dropout and learned positions."""
+    return save_with_tokenizer(tiny_gpt2(), tmp_path_factory.mktemp("models") / "gpt2-medium")
+
+
+def start(model: Any, seed: int = 0) -> Start:
+    tokenizer = tiny_tokenizer()
+    return Start(model, tokenizer, tokenizer("\n", add_special_tokens=False)["input_ids"][0], seed)
+
+
+def trained(model: Any) -> dict[str, Tensor]:
+    return {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
+
+
+def results(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(output.glob("*/metrics.json"))]
+
+
+# GPT-2 with 2 layers of width 32: a layer has 12 * 32^2 + 13 * 32 numbers, P virtual tokens 2 * 2 * 32 * P.
+LAYER = 12 * 32**2 + 13 * 32
+EXPECTED = {
+    "prefix": 3 * 32 + (32 * 8 + 8) + (8 + 1) * 2 * 2 * 32,
+    "prefix-direct": 2 * 2 * 32 * 3,
+    "infix": 3 * 32 + (32 * 8 + 8) + (8 + 1) * 2 * 2 * 32,
+    "embedding-only": 3 * 32,
+    "fine-tune": 2 * LAYER + 2 * 32 + len(tiny_tokenizer()) * 32 + 256 * 32,
+    "top-2": 2 * LAYER + 2 * 32,
+    "lora": 2 * 5 * (32 + 96),
+    "prompt-tuning": 3 * 32,
+    "peft-prefix": 2 * 2 * 32 * 3,
+    "few-shot": 0,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_each_method_trains(method: str) -> None:
+    known = METHODS[method].options({})
+    wanted = {"num_virtual_tokens": 3, "hidden_size": 8, "rank": 5, "target_modules": ["c_attn"]}
+    options = {name: value for name, value in wanted.items() if name in known}
+    parameters = trained(prepare(method, start(tiny_gpt2()), options).model)
+    assert sum(each.numel() for each in parameters.values()) == EXPECTED[method]
+
+
+def test_one_top_layer_of_several_architectures() -> None:
+    for model, last in (tiny_gpt2(), "transformer.h.1."), (tiny_llama(), "model.layers.1."):
+        names = trained(prepare("top-2", start(model), {"num_layers": 1}).model)
+        beside = {name.rsplit(".", 1)[0] for name in names if not name.startswith(last)}
+        assert beside in ({"transformer.ln_f"}, {"model.norm"})
+    with pytest.raises(UnsupportedModelError, match="has 1 lists of 2 layers"):
+        prepare("top-2", start(tiny_gpt2()), {"num_layers": 3})
+
+
+def test_the_seed_decides_where_a_method_starts() -> None:
+    for method in ("prefix-direct", "lora", "prompt-tuning", "peft-prefix"):
+        models = [prepare(method, start(tiny_gpt2(), seed), {}).model for seed in (0, 0, 1)]
+        first, again, other = (torch.cat([each.flatten() for each in trained(model).values()]) for model in models)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+
+def test_what_cannot_be_prepared() -> None:
+    refused = [
+        ("adapter", {}, "PEFT has no bottleneck adapters"),
+        ("bitfit", {}, "no method 'bitfit'; the methods are"),
+    ]
+    refused += [("lora", {"hidden_size": 3}, "LoRA has no option 'hidden_size'; its options are rank")]
+    refused += [("prefix", {"init_text": "a"}, "init='text' and init_text belong together")]
+    for method, options, message in refused:
+        with pytest.raises(TrainingError, match=message):
+            prepare(method, start(tiny_gpt2()), options)
+    for method in ("infix", "embedding-only", "top-2"):
+        with pytest.raises(TrainingError, match=f"'{method}' is for decoder-only models"):
+            prepare(method, start(tiny_bart()), {})
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(TrainingError, match="end with the token that ends texts"):
+        prepare("infix", Start(tiny_gpt2(), tokenizer, tokenizer.eos_token_id), {})
+
+
+def test_a_text_decides_the_length() -> None:
+    prepared = prepare("prefix-direct", start(tiny_gpt2()), {"init": "text", "init_text": "table"})
+    assert prepared.num_virtual_tokens == 5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(method: str, llama: Path, webnlg: Path, tmp_path: Path) -> None:
+    options = ["--option", 'target_modules=["q_proj"]'] if method == "lora" else []
+    training = [] if method == "few-shot" else QUICK
+    without = ["--max-new-tokens", 2, "--seed", 0] if method == "few-shot" else []
+    command = ["reproduce", "webnlg", "--recipe", f"webnlg-smollm2-{method}", "--model", llama]
+    result = run(*command, "--task-folder", webnlg, "--output", tmp_path, *training, *without, *options)
+    assert result.exit_code == 0, result.output
+    (metrics,) = results(tmp_path)
+    assert set(metrics["scores"]) == {"all", "seen", "unseen"}
+    assert metrics["settings"]["method"] == method
+    assert metrics["settings"]["seed"] == 0
+    assert len((tmp_path / next(tmp_path.iterdir()).name / "predictions.txt").read_text().splitlines()) == 4
+    assert not list(tmp_path.rglob("*.checkpoints"))
+    again = run(*command, "--task-folder", webnlg, "--output", tmp_path, *training, *without, *options)
+    assert "complete already" in again.stderr
+
+
+def test_encoder_decoders_run(webnlg: Path, tmp_path: Path) -> None:
+    bart = save_with_tokenizer(tiny_bart(), tmp_path / "bart")
+    for method in ("prefix", "fine-tune", "lora", "prompt-tuning", "peft-prefix", "few-shot"):
+        command = ["reproduce", "webnlg", "--recipe", f"webnlg-smollm2-{method}", "--model", bart]
+        quick = ["--max-new-tokens", 2, "--seed", 0] if method == "few-shot" else QUICK
+        result = run(*command, "--task-folder", webnlg, "--output", tmp_path / "runs", *quick)
+        assert result.exit_code == 0, result.output
+
+
+def same_but_for_time(broken: Path, unbroken: Path) -> None:
+    """Check that a run that was interrupted has the result of one that was not."""
+    (resumed,), (whole,) = results(broken), results(unbroken)
+    assert resumed["resumed_from"] >= 5
+    assert whole["resumed_from"] is None
+    for metrics in (resumed, whole):
+        del metrics["seconds"], metrics["resumed_from"], metrics["command"]
+    assert resumed == whole
+    texts = [next(output.glob("*/predictions.txt")).read_text() for output in (broken, unbroken)]
+    assert texts[0] == texts[1]
+
+
+def test_a_killed_run_goes_on_to_the_same_result(gpt2: Path, webnlg: Path, tmp_path: Path) -> None:
+    options = ["--recipe", "webnlg-smollm2-prefix", "--model", gpt2, "--task-folder", webnlg, "--seed", 3]
+    options += ["--steps", 60, "--max-new-tokens", 4, "--save-steps", 5, "--batch-size", 2]
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    with process("reproduce", "webnlg", *options, "--output", broken) as running:
+        while not list(broken.glob("*/training.checkpoints/checkpoint-*/trainer_state.json")):
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(signal.SIGKILL)
+    assert not results(broken)
+    for output in (broken, unbroken):
+        result = run("reproduce", "webnlg", *options, "--output", output)
+        assert result.exit_code == 0, result.output
+    same_but_for_time(broken, unbroken)
+
+
+@pytest.mark.parametrize("method", ["fine-tune", "top-2", "lora", "prompt-tuning", "peft-prefix", "embedding-only"])
+def test_a_run_that_ends_in_decoding_goes_on_to_the_same_result(
+    method: str, gpt2: Path, webnlg: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--recipe", f"webnlg-smollm2-{method}", "--model", gpt2, "--task-folder", webnlg, "--seed", 3]
+    options += ["--steps", 8, "--max-new-tokens", 4, "--save-steps", 5, "--batch-size", 2]
+    options += ["--option", 'target_modules=["c_attn"]'] if method == "lora" else []
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduction_run, "generate_from_ids", ended)
+        assert "out of power" in error_of(run("reproduce", "webnlg", *options, "--output", broken))
+    for output in (broken, unbroken):
+        result = run("reproduce", "webnlg", *options, "--output", output)
+        assert result.exit_code == 0, result.output
+    same_but_for_time(broken, unbroken)
+
+
+def ended(*arguments: object, **options: object) -> list[str]:
+    raise OSError("out of power")
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_bart])
+def test_a_prompt_tuned_text_does_not_depend_on_its_batch(build: Any, webnlg: Path, tmp_path: Path) -> None:
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=0.3)
+    command = ["reproduce", "webnlg", "--recipe", "webnlg-smollm2-prompt-tuning", *QUICK[:2], *QUICK[4:]]
+    command += ["--model", save_with_tokenizer(model, tmp_path / "model"), "--task-folder", webnlg]
+    texts = []
+    for size in (1, 4):
+        output = tmp_path / str(size)
+        result = run(*command, "--max-new-tokens", 8, "--decoding-batch-size", size, "--output", output)
+        assert result.exit_code == 0, result.output
+        texts.append(next(output.glob("*/predictions.txt")).read_text())
+    assert texts[0] == texts[1]
+
+
+def test_other_data_in_the_same_output_are_refused(llama: Path, webnlg: Path, tmp_path: Path) -> None:
+    command = ["reproduce", "webnlg", "--recipe", "webnlg-smollm2-few-shot", "--model", llama, "--seed", 0]
+    command += ["--max-new-tokens", 1, "--output", tmp_path / "runs", "--task-folder"]
+    assert run(*command, webnlg).exit_code == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    for split, rows in SPLITS.items():
+        (other / f"{split}.jsonl").write_text("".join(json.dumps(row | {"references": ["B."]}) + "\n" for row in rows))
+    assert "other settings or other data" in error_of(run(*command, other))
+
+
+def test_options_that_contradict_each_other(gpt2: Path, webnlg: Path, tmp_path: Path) -> None:
+    command = ["reproduce", "webnlg", "--task-folder", webnlg, "--output", tmp_path]
+    assert "give --method and --model, or --recipe" in usage_error_of(run(*command, "--method", "prefix"))
+    wrong_task = ["reproduce", "e2e", *command[2:], "--recipe", "e2e-gpt2-medium-prefix"]
+    assert "is a corpus of 'webnlg', not of 'e2e'" in usage_error_of(run(*wrong_task))
+    assert "is of 'prefix' on 'e2e'" in usage_error_of(run(*command, "--recipe", "e2e-gpt2-medium-prefix"))
+    unknown = error_of(run(*command, "--method", "lora", "--model", gpt2))
+    assert "no recipe for 'lora' on 'webnlg' with 'gpt2-medium'" in unknown
+    adapter = error_of(run(*command, "--method", "adapter", "--model", gpt2))
+    assert "PEFT has no bottleneck adapters" in adapter
+    few_shot = run(*command, "--recipe", "webnlg-smollm2-few-shot", "--model", gpt2, "--steps", 3)
+    assert "'few-shot' trains nothing" in error_of(few_shot)
+
+
+def test_the_paper_s_recipes_are_the_ones_of_the_library() -> None:
+    for task, paper in PAPER_RECIPES.items():
+        model = "bart-large" if task.startswith("xsum") else "gpt2-medium"
+        recipe = load_recipe(f"{task}-{model}-prefix")
+        assert recipe.training is not None
+        assert recipe.training.learning_rate == paper.learning_rate
+        assert recipe.training.epochs == paper.epochs
+        assert recipe.training.batch_size == paper.batch_size
+        assert recipe.training.loss == paper.loss_reduction
+        assert recipe.options["num_virtual_tokens"] == paper.num_virtual_tokens
+        assert recipe.options["hidden_size"] == paper.hidden_size
+
+
+def test_recipes_hold_the_paper_s_numbers() -> None:
+    """Some of each table, from the text of the paper (ACL version)."""
+    for name, group, metric, value in (
+        ("e2e-gpt2-medium-fine-tune", "all", "cider", 2.43),
+        ("e2e-gpt2-large-prefix", "all", "nist", 8.85),
+        ("webnlg-gpt2-medium-top-2", "unseen", "ter", 0.99),
+        ("webnlg-gpt2-medium-prefix", "all", "bleu", 55.0),
+        ("webnlg-gpt2-medium-prefix", "dev", "bleu", 64.52),
+        ("dart-gpt2-medium-adapter-small", "all", "bleurt", 0.33),
+        ("xsum-bart-large-prefix", "all", "rouge2", 20.93),
+        ("xsum-bart-large-prefix-small", "dev", "rougeL", 33.13),
+        ("xsum-news-to-sports-bart-large-prefix", "all", "rouge1", 39.23),
+        ("e2e-gpt2-medium-embedding-only-20", "all", "nist", 7.11),
+        ("e2e-gpt2-medium-infix-1", "all", "bleu", 67.9),
+    ):
+        assert load_recipe(name).paper[group][metric] == value, name
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_can_be_followed(name: str) -> None:
+    recipe = load_recipe(name)
+    if recipe.method != "adapter":
+        METHODS[recipe.method].options(recipe.options)
+        assert METHODS[recipe.method].trains == (recipe.training is not None)
+    assert recipe.source
+    assert name.startswith(f"{recipe.task}-")
+
+
+def test_the_decoding_of_the_paper_s_recipes() -> None:
+    of_gpt2 = load_recipe("webnlg-gpt2-medium-prefix").decoding
+    assert of_gpt2 == DecodingSettings(100, 5, 1, None, None, 1.0, False, 0, ("\n\n", "\n"))
+    of_bart = load_recipe("xsum-bart-large-prefix").decoding
+    assert of_bart == DecodingSettings(61, 6, 10, None, 10, 0.8, True, 3)
+
+
+def test_steps_and_epochs_by_training_size(gpt2: Path, webnlg: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("e2e-gpt2-medium-prefix-low-data")
+    assert recipe.steps_by_size == {"50": 200, "100": 200, "200": 200, "500": 400}
+    assert load_recipe("xsum-bart-large-fine-tune-low-data").epochs_by_size["500"] == 3
+
+
+def test_recipes_that_do_not_exist_or_are_malformed() -> None:
+    assert find_recipe("webnlg", "/models/gpt2-medium", "prefix") == load_recipe("webnlg-gpt2-medium-prefix")
+    with pytest.raises(TrainingError, match="no recipe 'x'; the recipes are"):
+        load_recipe("x")
+    for text, message in (
+        ("task = ", "malformed"),
+        ('task = "a"', "missing 3 required"),
+        ('task = "a"\nmodel = "b"\nmethod = "c"\nsource = "d"\nbeams = 3', "'beams' is no field of Recipe"),
+        ("[decoding]\nnum_beams = 0", "num_beams must be at least 1"),
+    ):
+        with pytest.raises(TrainingError, match=message):
+            parse_recipe("x", text)
