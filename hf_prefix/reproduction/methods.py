@@ -229,8 +229,8 @@ def _prompt_tuning(start: Start, *, num_virtual_tokens: int = DEFAULT_LENGTH, in
 def _peft_prefix(start: Start, *, num_virtual_tokens: int = DEFAULT_LENGTH, init: str | None = None) -> Prepared:
     if "past_key_values" not in inspect.signature(start.model.forward).parameters:
         raise TrainingError(
-            "PEFT loses its own prefix in generate where models have another name for their cache (peft 0.21), as with "
-            f"transformers {transformers.__version__}; compare 'peft-prefix' with transformers 5.23."
+            "PEFT loses its own prefix in generate where models have another name for their cache (peft 0.21), as "
+            f"with transformers {transformers.__version__}; compare 'peft-prefix' with transformers 5.23."
         )
     config = PrefixTuningConfig(task_type=start.task_type, num_virtual_tokens=num_virtual_tokens, init_weights=init)
     return _peft(start, config, num_virtual_tokens)
