@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from command_line import error_of, run, train_on, usage_error_of
@@ -78,3 +79,33 @@ def test_linearizations_that_do_not_exist_or_have_no_folder(gpt2: Path, corpus: 
     assert "no linearization 'tokens'; it has words, paper" in error_of(run(*folder, "--linearization", "tokens"))
     data = ["train", "--model", gpt2, "--data", "pairs.jsonl", "--output", tmp_path / "p"]
     assert "--linearization belongs to --task-folder" in usage_error_of(run(*data, "--linearization", "paper"))
+
+
+def test_a_data_set_of_the_hub(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Here of a folder, which `datasets` loads in the same way."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    place, texts = tmp_path / "some-e2e", tmp_path / "texts.jsonl"
+    place.mkdir()
+    rows = [{"meaning_representation": f"name[A{number}]", "human_reference": "a b c."} for number in range(3)]
+    for split in ("train", "validation"):
+        datasets.Dataset.from_list(rows).to_parquet(place / f"{split}.parquet")
+    start = ["train", "--model", gpt2, "--dataset", place, *QUICK, "--linearization", "paper", "--dev-split", "dev"]
+    result = run(*start, "--limit-entries", 2, "--output", tmp_path / "p")
+    assert result.exit_code == 0, result.output
+    assert training_record(tmp_path / "p")["prompt_template"] == " {source} <s>"
+    assert json.loads((tmp_path / "p" / "metrics.json").read_text())["pairs"] == 2
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "`some-e2e`" in card
+    assert str(tmp_path) not in card
+    evaluate = ["evaluate", "--prefix", tmp_path / "p", "--dataset", place, "--split", "dev", "--max-new-tokens", 1]
+    result = run(*evaluate, "--predictions", texts)
+    assert result.exit_code == 0, result.output
+    assert json.loads(texts.read_text().splitlines()[0])["source"] == "name : A0"
+    assert "has no data for split 'test'" in error_of(run(*evaluate, "--split", "test"))
+
+
+def test_a_corpus_comes_from_one_place(gpt2: Path, corpus: Path, tmp_path: Path):
+    start = ["train", "--model", gpt2, "--output", tmp_path / "p", "--task-folder", corpus]
+    assert "give either a corpus folder" in usage_error_of(run(*start, "--dataset", "owner/name"))
+    assert "belong to --dataset" in usage_error_of(run(*start, "--dataset-revision", "main"))
+    assert "belong to --dataset" in usage_error_of(run(*start, "--dataset-config", "v1"))

@@ -4,12 +4,21 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import typer
 
 from hf_prefix.errors import DataError
-from hf_prefix.tasks import Linearization, Record, load_task_folder, read_records, recognize_format
+from hf_prefix.tasks import (
+    HubDataset,
+    Linearization,
+    Record,
+    load_task_folder,
+    open_hub_dataset,
+    read_records,
+    recognize_format,
+)
 
 
 @dataclass(frozen=True)
@@ -88,12 +97,109 @@ class FolderSource:
         ]
 
 
-RecordSource = FileSource | FolderSource
+@dataclass(frozen=True)
+class HubName:
+    """A data set of the Hub, or of a folder that `datasets` can load.
+
+    Args:
+        path: Its name, or the folder.
+        config: Its configuration, where it has several.
+        revision: Branch, tag or commit.
+    """
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+
+    @cached_property
+    def opened(self) -> HubDataset:
+        """The data set; one option of a command names it for several purposes."""
+        return open_hub_dataset(self.path, name=self.config, revision=self.revision)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Records of some splits of a data set.
+
+    Args:
+        dataset: The data set.
+        splits: The splits.
+        linearization: How structured inputs are written; None: the corpus' default.
+    """
+
+    dataset: HubName
+    splits: Sequence[str]
+    linearization: str | None = None
+
+    @property
+    def layout(self) -> Linearization:
+        """The linearisation, with the templates that belong to it in decoder-only models."""
+        return self.dataset.opened.form.task_format.linearization(self.linearization)
+
+    def read(self, limit: int | None = None, seed: int = 0) -> list[Record]:
+        """Read the records.
+
+        Args:
+            limit: Take a random sample of so many records of each split.
+            seed: Seed of the samples.
+
+        Raises:
+            DataError: The data set cannot be loaded or is malformed, or there are fewer records than asked for.
+        """
+        opened = self.dataset.opened
+        return [
+            record
+            for split in self.splits
+            for record in opened.load(split, linearization=self.linearization, limit_entries=limit, seed=seed)
+        ]
+
+
+Corpus = Path | HubName
+RecordSource = FileSource | FolderSource | HubSource
+
+
+def choose_corpus(
+    task_folder: Path | None, dataset: str | None, config: str | None, revision: str | None
+) -> Corpus | None:
+    """Turn the options about a corpus into the one place that they name.
+
+    Args:
+        task_folder: The corpus folder.
+        dataset: The data set.
+        config: Configuration of the data set.
+        revision: Revision of the data set.
+
+    Returns:
+        The place; None where there is none.
+
+    Raises:
+        typer.BadParameter: They name two places, or say more of a data set that is not named.
+    """
+    if dataset is None:
+        if config is not None or revision is not None:
+            raise typer.BadParameter("--dataset-config and --dataset-revision belong to --dataset.")
+        return task_folder
+    if task_folder is not None:
+        raise typer.BadParameter("give either a corpus folder (--task-folder) or a data set (--dataset).")
+    return HubName(dataset, config, revision)
+
+
+def corpus_source(corpus: Corpus, splits: Sequence[str], linearization: str | None) -> FolderSource | HubSource:
+    """Return some splits of a corpus as a source.
+
+    Args:
+        corpus: The corpus.
+        splits: The splits.
+        linearization: How structured inputs are written; None: the corpus' default.
+    """
+    if isinstance(corpus, HubName):
+        return HubSource(corpus, splits, linearization)
+    return FolderSource(corpus, splits, linearization)
 
 
 def choose_source(
     data: Path | None,
-    task_folder: Path | None,
+    corpus: Corpus | None,
     splits: Sequence[str],
     source_column: str,
     target_column: str,
@@ -103,32 +209,34 @@ def choose_source(
 
     Args:
         data: The file.
-        task_folder: The corpus folder.
-        splits: Splits of the corpus folder.
+        corpus: The corpus.
+        splits: Splits of the corpus.
         source_column: Column of the file with the input.
         target_column: Column of the file with the output.
-        linearization: How the corpus folder's inputs are written.
+        linearization: How the corpus' inputs are written.
 
     Raises:
         typer.BadParameter: They name none or two sources, or splits or linearisation do not go with the source.
     """
-    if data is not None and task_folder is None:
+    if data is not None and corpus is None:
         if splits:
-            raise typer.BadParameter("--split belongs to --task-folder; a --data file has no splits.")
+            raise typer.BadParameter("--split belongs to --task-folder or --dataset; a --data file has no splits.")
         if linearization is not None:
-            raise typer.BadParameter("--linearization belongs to --task-folder; texts of a --data file are ready.")
+            raise typer.BadParameter(
+                "--linearization belongs to --task-folder or --dataset; texts of a --data file are ready."
+            )
         return FileSource(data, source_column, target_column)
-    if task_folder is not None and data is None:
+    if corpus is not None and data is None:
         if not splits:
-            raise typer.BadParameter("--task-folder needs --split, for example --split test.")
-        return FolderSource(task_folder, splits, linearization)
-    raise typer.BadParameter("give either a data file (--data) or a corpus folder (--task-folder).")
+            raise typer.BadParameter("--task-folder and --dataset need --split, for example --split test.")
+        return corpus_source(corpus, splits, linearization)
+    raise typer.BadParameter("give either a data file (--data) or a corpus (--task-folder, --dataset).")
 
 
 def choose_dev_source(
     dev_data: Path | None,
     dev_split: str | None,
-    task_folder: Path | None,
+    corpus: Corpus | None,
     source_column: str,
     target_column: str,
     linearization: str | None = None,
@@ -137,11 +245,11 @@ def choose_dev_source(
 
     Args:
         dev_data: The file.
-        dev_split: Split of the corpus folder.
-        task_folder: The corpus folder that training reads.
+        dev_split: Split of the corpus.
+        corpus: The corpus that training reads.
         source_column: Column of the file with the input.
         target_column: Column of the file with the output.
-        linearization: How the corpus folder's inputs are written.
+        linearization: How the corpus' inputs are written.
 
     Returns:
         The source; None where there is no dev data.
@@ -155,9 +263,9 @@ def choose_dev_source(
         return FileSource(dev_data, source_column, target_column)
     if dev_split is None:
         return None
-    if task_folder is None:
-        raise typer.BadParameter("--dev-split belongs to --task-folder; use --dev-data.")
-    return FolderSource(task_folder, [dev_split], linearization)
+    if corpus is None:
+        raise typer.BadParameter("--dev-split belongs to --task-folder or --dataset; use --dev-data.")
+    return corpus_source(corpus, [dev_split], linearization)
 
 
 def read_lines(path: Path | None) -> list[str]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hf_prefix.cli import options
 from hf_prefix.cli.console import say, stdout_console
-from hf_prefix.cli.data import FileSource, FolderSource, RecordSource, choose_source
+from hf_prefix.cli.data import Corpus, FileSource, RecordSource, choose_corpus, choose_source, corpus_source
 from hf_prefix.cli.hub import find_prefix
 from hf_prefix.cli.loading import TrainedPrefix, load_prefix
 from hf_prefix.cli.run_files import read_training_record
@@ -94,7 +94,10 @@ def evaluate(
     prefix: options.Prefix,
     data: options.Data = None,
     task_folder: options.TaskFolder = None,
-    split: Annotated[list[str] | None, typer.Option(help="Split of --task-folder; may be repeated.")] = None,
+    dataset: options.Dataset = None,
+    dataset_config: options.DatasetConfig = None,
+    dataset_revision: options.DatasetRevision = None,
+    split: Annotated[list[str] | None, typer.Option(help="Split of the corpus; may be repeated.")] = None,
     source_column: options.SourceColumn = "source",
     target_column: options.TargetColumn = "target",
     linearization: options.LinearizationName = None,
@@ -109,7 +112,7 @@ def evaluate(
     instruction: Annotated[str, typer.Option(help="What baselines are asked to do.")] = DEFAULT_INSTRUCTION,
     train_data: Annotated[Path | None, typer.Option(help="File of examples for few-shot.")] = None,
     train_split: Annotated[
-        str | None, typer.Option(help="Split of --task-folder for few-shot examples (default: train).")
+        str | None, typer.Option(help="Split of the corpus for few-shot examples (default: train).")
     ] = None,
     revision: options.Revision = None,
     model: options.ModelOfPrefix = None,
@@ -122,11 +125,12 @@ def evaluate(
 ) -> None:
     """Print corpus BLEU of the prefix, and of baselines, over all records and by group."""
     folder = find_prefix(prefix, revision)
-    if task_folder is not None and linearization is None:
+    corpus = choose_corpus(task_folder, dataset, dataset_config, dataset_revision)
+    if corpus is not None and linearization is None:
         linearization = read_training_record(folder).arguments.get("linearization")
-    source = choose_source(data, task_folder, split or (), source_column, target_column, linearization)
+    source = choose_source(data, corpus, split or (), source_column, target_column, linearization)
     records = source.read(limit, seed)
-    examples = _example_source(train_data, task_folder, train_split, source_column, target_column, linearization)
+    examples = _example_source(train_data, corpus, train_split, source_column, target_column, linearization)
     baselines = Baselines(baseline or (), examples, instruction, seed).build()
     trained = load_prefix(folder, model, gguf_file)
     settings = decoding_settings(trained.record, max_new_tokens, num_beams, batch_size)
@@ -144,7 +148,7 @@ def evaluate(
 
 def _example_source(
     train_data: Path | None,
-    task_folder: Path | None,
+    corpus: Corpus | None,
     train_split: str | None,
     source_column: str,
     target_column: str,
@@ -152,10 +156,10 @@ def _example_source(
 ) -> RecordSource | None:
     if train_data is not None:
         return FileSource(train_data, source_column, target_column)
-    if task_folder is not None:
-        return FolderSource(task_folder, [train_split or "train"], linearization)
+    if corpus is not None:
+        return corpus_source(corpus, [train_split or "train"], linearization)
     if train_split is not None:
-        raise typer.BadParameter("--train-split belongs to --task-folder; use --train-data.")
+        raise typer.BadParameter("--train-split belongs to --task-folder or --dataset; use --train-data.")
     return None
 
 

@@ -51,6 +51,22 @@ TaskFolder = Annotated[
         rich_help_panel=DATA_PANEL,
     ),
 ]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        help="The same corpora as a data set of the Hub (owner/name) or of a folder, through the package datasets.",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+DatasetConfig = Annotated[
+    str | None,
+    typer.Option("--dataset-config", help="Configuration of --dataset.", rich_help_panel=DATA_PANEL),
+]
+DatasetRevision = Annotated[
+    str | None,
+    typer.Option("--dataset-revision", help="Branch, tag or commit of --dataset.", rich_help_panel=DATA_PANEL),
+]
 SourceColumn = Annotated[
     str, typer.Option("--source-column", help="Column of --data with the model's input.", rich_help_panel=DATA_PANEL)
 ]
@@ -61,8 +77,8 @@ LinearizationName = Annotated[
     str | None,
     typer.Option(
         "--linearization",
-        help="How inputs of --task-folder are written: 'words', or 'paper' as in the paper's code. Default: that of "
-        "the prefix's training, else the folder's first.",
+        help="How inputs of a corpus are written: 'words', or 'paper' as in the paper's code. Default: that of "
+        "the prefix's training, else the corpus' first.",
         rich_help_panel=DATA_PANEL,
     ),
 ]

@@ -10,7 +10,7 @@ from hf_prefix.cli import options
 from hf_prefix.cli.attaching import DEFAULT_LENGTH, Encoding, NewPrefix
 from hf_prefix.cli.checkpoints import Checkpoints
 from hf_prefix.cli.console import say
-from hf_prefix.cli.data import RecordSource, choose_dev_source, choose_source
+from hf_prefix.cli.data import RecordSource, choose_corpus, choose_dev_source, choose_source
 from hf_prefix.cli.fitting import FitSettings
 from hf_prefix.cli.loading import BaseModelName, load_base
 from hf_prefix.cli.precision import choose_compute
@@ -44,8 +44,11 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the prefix.")],
     data: options.Data = None,
     task_folder: options.TaskFolder = None,
+    dataset: options.Dataset = None,
+    dataset_config: options.DatasetConfig = None,
+    dataset_revision: options.DatasetRevision = None,
     split: Annotated[
-        str | None, typer.Option(help="Split of --task-folder (default: train).", rich_help_panel=_DATA)
+        str | None, typer.Option(help="Split of the corpus (default: train).", rich_help_panel=_DATA)
     ] = None,
     gguf_file: options.GgufFile = None,
     source_column: options.SourceColumn = "source",
@@ -144,7 +147,7 @@ def train(
         Path | None, typer.Option(help="File like --data to measure on during training.", rich_help_panel=_DEV)
     ] = None,
     dev_split: Annotated[
-        str | None, typer.Option(help="Split of --task-folder to measure on.", rich_help_panel=_DEV)
+        str | None, typer.Option(help="Split of the corpus to measure on.", rich_help_panel=_DEV)
     ] = None,
     dev_limit: Annotated[
         int | None, typer.Option(min=1, help="Measure on a random sample of so many records.", rich_help_panel=_DEV)
@@ -181,11 +184,12 @@ def train(
 
     Ctrl-C ends the training after the running step and saves what was learned.
     """
-    dev_source = choose_dev_source(dev_data, dev_split, task_folder, source_column, target_column, linearization)
+    corpus = choose_corpus(task_folder, dataset, dataset_config, dataset_revision)
+    dev_source = choose_dev_source(dev_data, dev_split, corpus, source_column, target_column, linearization)
     _check_belongings(dev_source, save_steps, (dev_limit, eval_steps, dev_bleu or None), resume)
     check_output_folder(output, overwrite)
-    splits = [split or "train"] if task_folder is not None else [split] if split else []
-    source = choose_source(data, task_folder, splits, source_column, target_column, linearization)
+    splits = [split or "train"] if corpus is not None else [split] if split else []
+    source = choose_source(data, corpus, splits, source_column, target_column, linearization)
     pairs = training_pairs(source.read(limit_entries, seed))
     dev = None if dev_source is None else DevData(dev_source.read(dev_limit, seed), eval_steps, dev_bleu)
     compute = choose_compute(dtype)

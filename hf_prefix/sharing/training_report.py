@@ -18,7 +18,7 @@ TRAINING_FILE = "training.json"
 METRICS_FILE = "metrics.json"
 """What the command line writes: what came out: losses, dev metrics, steps, time; command, seed and versions."""
 
-_DATA = ("data", "task_folder", "context_file", "queries")
+_DATA = ("data", "task_folder", "dataset", "context_file", "queries")
 _DEV_DATA = ("dev_data", "dev_split")
 _SOURCES = "prefixes"
 _COUNTED = {"pairs": "pairs", "lessons": "answers"}

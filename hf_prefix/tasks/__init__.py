@@ -2,7 +2,7 @@
 
 from hf_prefix.tasks.data_to_text import DART, E2E, PAIRS, WEBNLG
 from hf_prefix.tasks.folders import TASK_FORMATS, load_task_folder, recognize_format
-from hf_prefix.tasks.hub import load_hub_dataset
+from hf_prefix.tasks.hub import HubDataset, load_hub_dataset, open_hub_dataset
 from hf_prefix.tasks.linearization import Linearization, linearize_slots, linearize_triples
 from hf_prefix.tasks.low_data import (
     LOW_DATA_SIZES,
@@ -26,6 +26,7 @@ __all__ = [
     "WEBNLG",
     "XSUM",
     "XSUM_SUBSET_SEEDS",
+    "HubDataset",
     "Linearization",
     "Record",
     "TaskFormat",
@@ -34,6 +35,7 @@ __all__ = [
     "load_hub_dataset",
     "load_task_folder",
     "low_data_subset",
+    "open_hub_dataset",
     "paper_dart_triples",
     "paper_slots",
     "paper_webnlg_triples",

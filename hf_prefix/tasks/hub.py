@@ -38,6 +38,46 @@ class HubForm:
     repeats_test: bool = False
 
 
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set that is open.
+
+    Attributes:
+        path: Its name, for messages.
+        splits: Its splits by their own names.
+        form: What its rows are.
+    """
+
+    path: str
+    splits: Mapping[str, Any]
+    form: HubForm
+
+    def load(
+        self, split: str, *, linearization: str | None = None, limit_entries: int | None = None, seed: int = 0
+    ) -> list[Record]:
+        """Reads one split; see `load_hub_dataset`.
+
+        Args:
+            split: A split of the corpus.
+            linearization: How structured inputs are written; None is the corpus' default.
+            limit_entries: Size of a random sample of the records; None takes all.
+            seed: Seed of that sample.
+
+        Raises:
+            DataError: As `TaskFormat.load`.
+        """
+        place = f"data set {self.path} (splits {', '.join(self.splits)})"
+        records = self.form.task_format.records(self._read, split, place, linearization=linearization)
+        return records if limit_entries is None else sample(records, limit_entries, seed, f"{place}, split {split!r}")
+
+    def _read(self, wanted: str) -> Iterator[Row] | None:
+        found = next((own for own in _SPLIT_NAMES.get(wanted, (wanted,)) if own in self.splits), None)
+        if found is None:
+            return None
+        rows = _rows(f"{self.path}, split {found!r}", self.splits[found], self.form)
+        return _once(rows) if self.form.repeats_test and wanted == "test" else rows
+
+
 def load_hub_dataset(
     path: str,
     split: str,
@@ -72,19 +112,27 @@ def load_hub_dataset(
     Raises:
         DataError: The package or data set is missing, its columns are none that are known, or as `TaskFormat.load`.
     """
+    return open_hub_dataset(path, task=task, columns=columns, **options).load(
+        split, linearization=linearization, limit_entries=limit_entries, seed=seed
+    )
+
+
+def open_hub_dataset(
+    path: str, *, task: TaskFormat | None = None, columns: Mapping[str, str] | None = None, **options: Any
+) -> HubDataset:
+    """Opens a data set for reading several of its splits; see `load_hub_dataset`.
+
+    Args:
+        path: A name on the Hub, or a folder.
+        task: The corpus, where the columns do not tell.
+        columns: Our names of columns to the data set's; needs `task`.
+        **options: Passed to `datasets.load_dataset`.
+
+    Raises:
+        DataError: The package or data set is missing, or its columns are none that are known.
+    """
     loaded = _load(path, options)
-    form = _form_of(path, next(iter(loaded.values())).column_names, task, columns)
-
-    def read(wanted: str) -> Iterator[Row] | None:
-        found = next((own for own in _SPLIT_NAMES.get(wanted, (wanted,)) if own in loaded), None)
-        if found is None:
-            return None
-        rows = _rows(f"{path}, split {found!r}", loaded[found], form)
-        return _once(rows) if form.repeats_test and wanted == "test" else rows
-
-    place = f"data set {path} (splits {', '.join(loaded)})"
-    records = form.task_format.records(read, split, place, linearization=linearization)
-    return records if limit_entries is None else sample(records, limit_entries, seed, f"{place}, split {split!r}")
+    return HubDataset(path, loaded, _form_of(path, next(iter(loaded.values())).column_names, task, columns))
 
 
 def _load(path: str, options: dict[str, Any]) -> Mapping[str, Any]:
