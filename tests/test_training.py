@@ -108,6 +108,22 @@ def test_each_side_of_an_encoder_decoder_has_the_limit_for_itself():
         encoder.encode_pairs([("1", "12345")])
 
 
+def test_an_encoder_decoder_cuts_long_texts_on_demand_and_closes_them():
+    tokenizer = tiny_tokenizer(closes_texts=True)
+    encoder = PairEncoder(tokenizer, is_encoder_decoder=True, max_length=6, cut_source=6, cut_target=4)
+    pairs = encoder.encode_pairs([("1234567", "abcdef"), ("12", "ab")])
+    texts = [(tokenizer.decode(pair["input_ids"]), tokenizer.decode(pair["labels"])) for pair in pairs]
+    assert texts == [("12345</s>", "abc</s>"), ("12</s>", "ab</s>")]
+    assert [len(pair["input_ids"]) for pair in pairs] == [6, 3]
+    assert encoder.encode_prompts(["1234567"]) == [pairs[0]["input_ids"]]
+
+
+@pytest.mark.parametrize("cut", [{"cut_source": 3}, {"cut_target": 3}])
+def test_a_decoder_only_model_cuts_nothing(cut: dict[str, int]):
+    with pytest.raises(DataError, match="cut_source and cut_target are for encoder-decoder models"):
+        PairEncoder(tiny_tokenizer(), **cut)
+
+
 def test_the_prefix_takes_positions_of_a_decoder_only_model():
     assert context_length(tiny_llama().config, 10) == CONTEXT - 10
     assert context_length(tiny_bart().config, 10) == CONTEXT

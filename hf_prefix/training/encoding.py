@@ -51,10 +51,13 @@ class PairEncoder:
             beginning-of-sequence token. None: `DEFAULT_PROMPT_TEMPLATE` for decoder-only models, the bare source for
             encoder-decoder models.
         target_template: Text around the target; `{target}` stands for it. None: the bare target.
+        cut_source: Cut sources after so many tokens, those that the tokenizer adds included, as the paper does to
+            articles of XSum (512). Encoder-decoder models only. None: nothing is cut.
+        cut_target: Cut targets likewise (the paper: 60).
 
     Raises:
-        DataError: A template lacks `{source}` or `{target}`, or the tokenizer has no end-of-sequence token, or no
-            beginning-of-sequence token for `{bos}`.
+        DataError: Texts are to be cut for a decoder-only model, or a template lacks `{source}` or `{target}`, or the
+            tokenizer has no end-of-sequence token, or no beginning-of-sequence token for `{bos}`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -62,6 +65,8 @@ class PairEncoder:
     max_length: int | None = None
     prompt_template: str | None = None
     target_template: str | None = None
+    cut_source: int | None = None
+    cut_target: int | None = None
     _template: str = field(init=False, repr=False)
     _appends_end: bool = field(init=False, repr=False)
 
@@ -73,6 +78,11 @@ class PairEncoder:
             raise DataError(f"The prompt template must contain {_SOURCE!r}, got {template!r}.")
         if self.target_template is not None and _TARGET not in self.target_template:
             raise DataError(f"The target template must contain {_TARGET!r}, got {self.target_template!r}.")
+        if not self.is_encoder_decoder and (self.cut_source is not None or self.cut_target is not None):
+            raise DataError(
+                "cut_source and cut_target are for encoder-decoder models: a prompt that is cut would lose what the "
+                "template puts behind the source. Shorten the texts, or leave long pairs out (skip_too_long=True)."
+            )
         if self.tokenizer.eos_token_id is None:
             raise DataError(
                 f"The tokenizer {self.tokenizer.name_or_path!r} has no end-of-sequence token, so the model "
@@ -87,7 +97,9 @@ class PairEncoder:
         Args:
             sources: The source texts.
         """
-        rows = self._tokenize([self._template.replace(_SOURCE, source) for source in sources], special=True)
+        rows = self._tokenize(
+            [self._template.replace(_SOURCE, source) for source in sources], special=True, cut=self.cut_source
+        )
         # A prompt goes on after an end token that the tokenizer put there, but not one that the template did.
         return [row[:-1] for row in rows] if self._appends_end and not self.is_encoder_decoder else rows
 
@@ -100,7 +112,7 @@ class PairEncoder:
         end = self.tokenizer.eos_token_id
         # Encoder-decoder tokenizers add their own frame (BART: <s> ... </s>), which the model was trained on.
         texts = [(self.target_template or _TARGET).replace(_TARGET, target) for target in targets]
-        rows = self._tokenize(texts, special=self.is_encoder_decoder, as_target=True)
+        rows = self._tokenize(texts, special=self.is_encoder_decoder, as_target=True, cut=self.cut_target)
         return [[*self._without_end(row), end] for row in rows]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, skip_too_long: bool = False) -> list[EncodedPair]:
@@ -115,7 +127,7 @@ class PairEncoder:
 
         Raises:
             DataError: There is no pair, or none that fits, or one is longer than `max_length` and
-                `skip_too_long` is off. Nothing is ever truncated.
+                `skip_too_long` is off. Nothing is truncated but by `cut_source` and `cut_target`.
         """
         if not pairs:
             raise DataError("There is no training pair: got an empty list of (source, target) pairs.")
@@ -139,10 +151,13 @@ class PairEncoder:
             )
         return encoded
 
-    def _tokenize(self, texts: Sequence[str], *, special: bool, as_target: bool = False) -> list[list[int]]:
+    def _tokenize(
+        self, texts: Sequence[str], *, special: bool, as_target: bool = False, cut: int | None = None
+    ) -> list[list[int]]:
         side = {"text_target": list(texts)} if as_target else {"text": list(texts)}
         # verbose=False: lengths are checked here against the model, not against the tokenizer's own default.
-        encoded = self.tokenizer(**side, add_special_tokens=special, verbose=False)
+        cutting: dict[str, Any] = {} if cut is None else {"truncation": True, "max_length": cut}
+        encoded = self.tokenizer(**side, add_special_tokens=special, verbose=False, **cutting)
         rows: list[list[int]] = encoded["input_ids"]
         return rows
 
