@@ -481,6 +481,25 @@ def test_encoders_that_tell_no_place_in_a_cache_are_counted(tmp_path: Path) -> N
         assert torch.equal(again.key_values[name].key, prefix.key)
 
 
+def test_a_model_whose_cache_differs_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "peft"
+    PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3).save_pretrained(folder)
+    config = transformers.FSMTConfig(
+        langs=["en", "de"],
+        src_vocab_size=97,
+        tgt_vocab_size=97,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+    )
+    with pytest.raises(ConversionError, match="is for 'fsmt', whose own cache"):
+        read_foreign(folder, transformers.FSMTForConditionalGeneration(config).eval())
+
+
 def test_attention_in_some_layers_only_is_refused(tmp_path: Path) -> None:
     config = transformers.RecurrentGemmaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, lru_width=32
