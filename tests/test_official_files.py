@@ -1,13 +1,30 @@
 """The files of the corpora's authors, written here in their formats, become records, or a named error."""
 
+import csv
+import gzip
 import json
 import logging
 from pathlib import Path
+from xml.sax.saxutils import escape, quoteattr
 
 import pytest
 
 from hf_prefix.errors import DataError
-from hf_prefix.tasks import DART, E2E, PAIRS, TASK_FORMATS, WEBNLG, XSUM, Record, load_task_folder, recognize_format
+from hf_prefix.tasks import (
+    DART,
+    E2E,
+    PAIRS,
+    TASK_FORMATS,
+    WEBNLG,
+    XSUM,
+    Record,
+    TaskFormat,
+    load_task_folder,
+    recognize_format,
+)
+
+CORPORA = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_corpora = pytest.mark.skipif(not CORPORA.is_dir(), reason=f"the corpora are not at {CORPORA}")
 
 ENTRY = """    <entry category="{category}" eid="Id1" size="2">
       <originaltripleset><otriple>not | this | one</otriple></originaltripleset>
@@ -248,3 +265,46 @@ def test_every_official_form_is_tested_here_and_named_in_messages(tmp_path: Path
     ):
         assert name in str(raised.value)
     assert sum(len(task_format.files) for task_format in TASK_FORMATS) == 12
+
+
+def corpus_rows(corpus: str) -> list[dict]:
+    with gzip.open(CORPORA / corpus / "dev.jsonl.gz", "rt", encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+@needs_corpora
+class TestRealCorpora:
+    """Real dev sets, written as their authors write them, are the records of our own files.
+
+    But for white space around texts in XML, where it is no content.
+    """
+
+    @pytest.mark.parametrize(
+        ("task_format", "corpus", "name", "comments"),
+        [
+            (WEBNLG, "webnlg2017", "dev/1triples/all.xml", "comments"),
+            (DART, "dart", "dart-v1.1.1-full-dev.xml", "sources"),
+        ],
+        ids=["webnlg", "dart"],
+    )
+    def test_xml(self, tmp_path: Path, task_format: TaskFormat, corpus: str, name: str, comments: str):
+        entries = []
+        for row in corpus_rows(corpus):
+            triples = "".join(f"<mtriple>{escape(' | '.join(triple))}</mtriple>" for triple in row["triples"])
+            texts = zip(row["references"], row[comments], strict=True)
+            lexes = "".join(f"<lex comment={quoteattr(comment)}>{escape(text)}</lex>" for text, comment in texts)
+            category = quoteattr(row.get("category", "MISC"))
+            entries.append(f"<entry category={category}>{triples}{lexes}</entry>")
+        write(tmp_path / name, f"<benchmark>{''.join(entries)}</benchmark>")
+        expected = [
+            Record(record.source, tuple(text.strip() for text in record.references), record.group)
+            for record in task_format.load(CORPORA / corpus, "dev")
+        ]
+        assert task_format.load(tmp_path, "dev") == expected
+
+    def test_e2e_csv(self, tmp_path: Path):
+        with (tmp_path / "devset.csv").open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["mr", "ref"])
+            writer.writerows([row["mr"], text] for row in corpus_rows("e2e") for text in row["references"])
+        assert E2E.load(tmp_path, "dev") == E2E.load(CORPORA / "e2e", "dev")
