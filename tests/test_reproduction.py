@@ -1,6 +1,7 @@
 """The paper's experiments: every method side by side, recipes, and runs that are killed and go on."""
 
 import json
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -15,8 +16,11 @@ from transformers import GPT2LMHeadModel
 from command_line import error_of, process, run, usage_error_of
 from hf_prefix.cli import reproduction_run
 from hf_prefix.errors import TrainingError, UnsupportedModelError
+from hf_prefix.reproduction.figures import AXES, _lines, _points
 from hf_prefix.reproduction.methods import METHODS, Start, prepare
 from hf_prefix.reproduction.recipe import find_recipe, load_recipe, parse_recipe, recipe_names
+from hf_prefix.reproduction.results import read_results, write_result
+from hf_prefix.reproduction.summary import summarize
 from hf_prefix.training import PAPER_RECIPES, DecodingSettings
 from tiny_model import save_with_tokenizer, tiny_bart, tiny_gpt2, tiny_llama, tiny_tokenizer
 from upstream import RELEASE
@@ -278,17 +282,17 @@ def test_the_paper_s_recipes_are_the_ones_of_the_library() -> None:
 def test_recipes_hold_the_paper_s_numbers() -> None:
     """Some of each table, from the text of the paper (ACL version)."""
     for name, group, metric, value in (
-        ("e2e-gpt2-medium-fine-tune", "all", "cider", 2.43),
-        ("e2e-gpt2-large-prefix", "all", "nist", 8.85),
-        ("webnlg-gpt2-medium-top-2", "unseen", "ter", 0.99),
-        ("webnlg-gpt2-medium-prefix", "all", "bleu", 55.0),
-        ("webnlg-gpt2-medium-prefix", "dev", "bleu", 64.52),
-        ("dart-gpt2-medium-adapter-small", "all", "bleurt", 0.33),
-        ("xsum-bart-large-prefix", "all", "rouge2", 20.93),
-        ("xsum-bart-large-prefix-small", "dev", "rougeL", 33.13),
-        ("xsum-news-to-sports-bart-large-prefix", "all", "rouge1", 39.23),
-        ("e2e-gpt2-medium-embedding-only-20", "all", "nist", 7.11),
-        ("e2e-gpt2-medium-infix-1", "all", "bleu", 67.9),
+        ("e2e-gpt2-medium-fine-tune", "all", "CIDEr", 2.43),
+        ("e2e-gpt2-large-prefix", "all", "NIST", 8.85),
+        ("webnlg-gpt2-medium-top-2", "unseen", "TER", 0.99),
+        ("webnlg-gpt2-medium-prefix", "all", "BLEU", 55.0),
+        ("webnlg-gpt2-medium-prefix", "dev", "BLEU", 64.52),
+        ("dart-gpt2-medium-adapter-small", "all", "BLEURT", 0.33),
+        ("xsum-bart-large-prefix", "all", "ROUGE-2", 20.93),
+        ("xsum-bart-large-prefix-small", "dev", "ROUGE-L", 33.13),
+        ("xsum-news-to-sports-bart-large-prefix", "all", "ROUGE-1", 39.23),
+        ("e2e-gpt2-medium-embedding-only-20", "all", "NIST", 7.11),
+        ("e2e-gpt2-medium-infix-1", "all", "BLEU", 67.9),
     ):
         assert load_recipe(name).paper[group][metric] == value, name
 
@@ -328,3 +332,129 @@ def test_recipes_that_do_not_exist_or_are_malformed() -> None:
     ):
         with pytest.raises(TrainingError, match=message):
             parse_recipe("x", text)
+
+
+def test_the_command_of_a_run_can_be_typed_again(llama: Path, webnlg: Path, tmp_path: Path) -> None:
+    command = [
+        "reproduce",
+        "webnlg",
+        "--recipe",
+        "webnlg-smollm2-few-shot",
+        "--model",
+        llama,
+        "--seed",
+        0,
+        "--seed",
+        1,
+    ]
+    command += ["--max-new-tokens", 1, "--task-folder", webnlg, "--output", tmp_path / "runs"]
+    assert run(*command).exit_code == 0
+    recorded = [metrics["command"] for metrics in results(tmp_path / "runs")]
+    assert recorded[0] == recorded[1]
+    assert str(tmp_path) not in recorded[0]
+    words = shlex.split(recorded[0])
+    assert words[1:3] == ["reproduce", "webnlg"]
+    options = list(zip(words[3::2], words[4::2], strict=True))
+    expected = {("--seed", "0"), ("--seed", "1"), ("--model", "smollm2-like"), ("--output", "runs")}
+    assert expected < set(options)
+
+
+def result(output: Path, method: str, seed: int, bleu: float, **changes: Any) -> None:
+    """Write the numbers of a run by hand."""
+    recipe = changes.pop("recipe", f"e2e-smollm2-{method}")
+    options = METHODS[method].options(load_recipe(recipe).options | changes.pop("options", {}))
+    training = {"learning_rate": 1e-4, "max_steps": 5, "epochs": 1.0, "batch_size": 4}
+    settings = {
+        "recipe": recipe,
+        "task": "e2e",
+        "model": "smollm2",
+        "method": method,
+        "options": options,
+        "seed": seed,
+    }
+    settings |= {
+        "draw": seed,
+        "test_splits": ["test"],
+        "limit": None,
+        "train_size": 50,
+        "training": training,
+    } | changes
+    metrics = {
+        "settings": settings,
+        "scores": {"all": {"BLEU": bleu, "NIST": bleu / 20}},
+        "parameters": {"trained": 9000, "stored": 1234},
+        "versions": {"hf_prefix": "0.1.0"},
+        "device": "CPU, float32",
+        "command": "hf-prefix reproduce e2e",
+    }
+    write_result(output / f"{method}-{len(list(output.iterdir())) if output.exists() else 0}", ["text"], metrics)
+
+
+def test_a_page_of_several_seeds(tmp_path: Path) -> None:
+    for seed, bleu in enumerate((20.0, 22.0, 24.0)):
+        result(tmp_path / "runs", "prefix", seed, bleu)
+    result(tmp_path / "runs", "lora", 0, 30.0)
+    assert run("report", tmp_path / "runs", "--page", tmp_path / "page" / "results.md").exit_code == 0
+    page = (tmp_path / "page" / "results.md").read_text()
+    assert "## e2e, smollm2, 50 training pairs (test)" in page
+    assert "| 1,234 | 0.0001 | 5 steps of 4 | 3 | 22.0 ± 2.0 | 1.100 ± 0.100 |" in page
+    assert (
+        "LoRA (rank=2, target_modules=['q_proj', 'v_proj']) | 1,234 | 0.0001 | 5 steps of 4 | 1 | 30.0 | 1.500 |"
+        in page
+    )
+    assert "Figures" not in page
+    assert [path.name for path in (tmp_path / "page").iterdir()] == ["results.md"]
+
+
+def test_the_paper_s_numbers_stand_beside_ours_where_model_and_data_are_the_same(tmp_path: Path) -> None:
+    paper = {"recipe": "e2e-gpt2-medium-prefix", "model": "gpt2-medium"}
+    result(tmp_path, "prefix", 0, 69.0, **paper, train_size=None)
+    result(tmp_path, "prefix", 0, 40.0, **paper, train_size=50)
+    result(tmp_path, "prefix", 0, 41.0, **paper | {"model": "other"}, train_size=None)
+    result(tmp_path, "prefix", 0, 73.0, **paper, train_size=None, test_splits=["dev"])
+    assert run("report", tmp_path).exit_code == 0
+    page = (tmp_path / "results.md").read_text()
+    italics = [line for line in page.splitlines() if line.startswith("| *Li & Liang")]
+    cells = [line.rstrip(" |").split(" | ")[5:] for line in italics]
+    assert cells == [["*70.3*", "*8.82*"], ["*74.8*", "*8.8*"]]
+
+
+def test_figures_of_sizes_lengths_and_starts(tmp_path: Path) -> None:
+    for size in (50, 100):
+        for method in ("prefix", "lora"):
+            for seed in (0, 1):
+                result(tmp_path, method, seed, 20.0 + seed, train_size=size)
+    for length in (1, 5):
+        result(tmp_path, "prefix-direct", 0, 25.0, options={"num_virtual_tokens": length})
+    result(tmp_path, "prefix-direct", 0, 25.0, options={"init": "zero", "num_virtual_tokens": 5})
+    result(tmp_path, "prefix-direct", 0, 25.0, options={"init": "zero", "num_virtual_tokens": 9})
+    assert run("report", tmp_path).exit_code == 0
+    page = (tmp_path / "results.md").read_text()
+    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert drawn == ["results-length-1.png", "results-low-data-1.png", "results-start-1.png"]
+    assert all(f"]({name})" in page for name in drawn)
+    assert "training pairs: e2e, smollm2 (test)." in page
+    assert "virtual tokens: e2e, smollm2, 50 training pairs (test)." in page
+    first = (tmp_path / "results-low-data-1.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    assert run("report", tmp_path).exit_code == 0
+    assert (tmp_path / "results-low-data-1.png").read_bytes() == first
+    assert (tmp_path / "results.md").read_text() == page
+
+
+def test_what_figures_show(tmp_path: Path) -> None:
+    for size, bleu in ((100, 30.0), (50, 20.0)):
+        for seed in (0, 1):
+            result(tmp_path, "lora", seed, bleu + 2 * seed, train_size=size)
+    lines = _lines(AXES[0], summarize(read_results(tmp_path)))
+    assert list(lines) == ["LoRA (rank=2, target_modules=['q_proj', 'v_proj']), learning rate 0.0001"]
+    (line,) = lines.values()
+    assert _points(AXES[0], line, "BLEU") == ([50, 100], [21.0, 31.0], [pytest.approx(2**0.5)] * 2)
+
+
+def test_pages_of_nothing_or_damaged_files(tmp_path: Path) -> None:
+    assert "holds no result" in error_of(run("report", tmp_path))
+    (tmp_path / "metrics.json").write_text("{}")
+    assert "is damaged (it has no settings or no scores)" in error_of(run("report", tmp_path))
+    (tmp_path / "metrics.json").write_text("{")
+    assert "delete it to run again" in error_of(run("report", tmp_path))

@@ -16,6 +16,7 @@ from hf_prefix.cli import (
     pull,
     push,
     quickstart,
+    report,
     reproduce,
     train,
 )
@@ -60,6 +61,7 @@ app.command(epilog=composition.TRUNCATE_EXAMPLES)(composition.truncate)
 app.command(epilog=composition.SELECT_LAYERS_EXAMPLES)(composition.select_layers)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
 app.command(epilog=reproduce.EXAMPLES)(reproduce.reproduce)
+app.command(epilog=report.EXAMPLES)(report.report)
 app.command(epilog=push.EXAMPLES)(push.push)
 app.command(epilog=pull.EXAMPLES)(pull.pull)
 app.command(epilog=export.EXAMPLES)(export.export)

@@ -1,6 +1,7 @@
 """`hf-prefix reproduce`: runs of the paper's experiments, and of other methods beside them, resumable."""
 
 import random
+import shlex
 import tomllib
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from hf_prefix.cli.reproduction_run import ReproductionRun, RunData
 from hf_prefix.cli.training_run import Command
 from hf_prefix.errors import DataError
 from hf_prefix.reproduction.methods import FEW_SHOT, METHODS
-from hf_prefix.reproduction.recipe import Recipe, find_recipe, load_recipe
+from hf_prefix.reproduction.recipe import Recipe, find_recipe, load_recipe, short_name
 from hf_prefix.reproduction.settings import Changes, RunSettings, run_settings
 from hf_prefix.tasks import load_task_folder, recognize_format, training_pairs
 
@@ -144,7 +145,8 @@ def reproduce(
         for chosen in _recipes(task, method or (), model, recipe)
         for size, each, drawn in product(sizes, seed or chosen.seeds, draws)
     ]
-    _run_all(planned, task_folder, output, compute, save_steps, Command.of(context).line)
+    places = [str(place) for place in (task_folder, output, model) if place is not None]
+    _run_all(planned, task_folder, output, compute, save_steps, _without_places(Command.of(context).line, places))
 
 
 def _recipes(task: str, methods: Sequence[str], model: str | None, name: str | None) -> list[Recipe]:
@@ -164,7 +166,7 @@ def _run_all(
     for settings in planned:
         run = ReproductionRun(settings, _read(folder, settings), output, compute, save_steps, command)
         metrics = run.run()
-        say("  ".join(f"{group} BLEU {scores['bleu']:.2f}" for group, scores in metrics["scores"].items()))
+        say("  ".join(f"{group} BLEU {scores['BLEU']:.2f}" for group, scores in metrics["scores"].items()))
     say(f"{len(planned)} runs are in {output}; make pages of them with: hf-prefix report {output}")
 
 
@@ -189,6 +191,11 @@ def _drawn(pairs: list[tuple[str, str]], size: int | None, seed: int) -> list[tu
         raise DataError(f"{size} training pairs were asked for, but there are {len(pairs)}.")
     # A draw that can be repeated, not a secret.
     return random.Random(seed).sample(pairs, size)  # noqa: S311
+
+
+def _without_places(command: str, places: Sequence[str]) -> str:
+    """Return a command with the names of folders only: where they lie on one machine concerns nobody else."""
+    return shlex.join(short_name(word) if word in places else word for word in shlex.split(command))
 
 
 def _read_options(given: Sequence[str]) -> dict[str, Any]:

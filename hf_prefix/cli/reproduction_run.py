@@ -204,7 +204,7 @@ class ReproductionRun:
         bleu = score(self.settings.method, predictions, self.data.records).bleu
         signatures = {one.signature for one in bleu.values()}
         return {
-            "scores": {group: {"bleu": round(one.score, 4)} for group, one in bleu.items()},
+            "scores": {group: {"BLEU": round(one.score, 4)} for group, one in bleu.items()},
             "signatures": sorted(signatures),
         }
 

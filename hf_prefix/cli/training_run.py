@@ -234,5 +234,7 @@ def _given(context: typer.Context) -> Iterator[str]:
         value = context.params[name]
         if isinstance(value, bool):
             yield (parameter.opts if value else parameter.secondary_opts)[0]
-        else:
-            yield from (parameter.opts[0], str(value))
+            continue
+        option = [] if parameter.param_type_name == "argument" else [parameter.opts[0]]
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            yield from (*option, str(each))
