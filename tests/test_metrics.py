@@ -124,6 +124,9 @@ def test_every_reference_counts_equally_in_the_mean_length_of_nist():
     score = corpus_nist(["a b", "c d"], [["a b", "a b"], ["c d e f"]])
     assert score.length_penalty == pytest.approx(0.5 ** (math.log(3 / 4) / math.log(2 / 3)) ** 2)
     assert score.score == pytest.approx(sum(score.gains) * score.length_penalty)
+    # The rows' means are 2 and 4.
+    by_row = corpus_nist(["a b", "c d"], [["a b", "a b"], ["c d e f"]], mean_length_by_row=True)
+    assert by_row.length_penalty == pytest.approx(0.5)
 
 
 def test_nist_refuses_what_bleu_refuses():

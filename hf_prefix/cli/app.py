@@ -18,6 +18,7 @@ from hf_prefix.cli import (
     quickstart,
     report,
     reproduce,
+    score,
     train,
 )
 from hf_prefix.cli.console import ReadableErrorsGroup, quiet_libraries
@@ -54,6 +55,7 @@ app.command(epilog=train.EXAMPLES)(train.train)
 app.command(epilog=distill.EXAMPLES)(distill.distill)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(epilog=score.EXAMPLES)(score.score)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=composition.CONCATENATE_EXAMPLES)(composition.concatenate)
 app.command(epilog=composition.AVERAGE_EXAMPLES)(composition.average)

@@ -6,15 +6,18 @@ from hf_prefix.metrics.chrf import ChrfScore, corpus_chrf
 from hf_prefix.metrics.meteor import MeteorScore, corpus_meteor
 from hf_prefix.metrics.nist import NistScore, corpus_nist
 from hf_prefix.metrics.rouge import RougeScore, corpus_rouge
+from hf_prefix.metrics.tasks import TASK_METRICS, Score, score_task
 from hf_prefix.metrics.ter import TerScore, corpus_ter
 
 __all__ = [
+    "TASK_METRICS",
     "BleuScore",
     "CaptionScore",
     "ChrfScore",
     "MeteorScore",
     "NistScore",
     "RougeScore",
+    "Score",
     "TerScore",
     "cider",
     "corpus_bleu",
@@ -24,4 +27,5 @@ __all__ = [
     "corpus_rouge",
     "corpus_ter",
     "rouge_l",
+    "score_task",
 ]

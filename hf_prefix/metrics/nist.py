@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from hf_prefix.metrics.rows import check_rows
 
@@ -31,17 +32,19 @@ class NistScore:
     length_penalty: float
 
 
-def corpus_nist(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> NistScore:
+def corpus_nist(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]], *, mean_length_by_row: bool = False
+) -> NistScore:
     """Scores texts by NIST (Doddington 2002) on lowercased mteval-13a tokens.
 
     An n-gram is worth log2(count(its first n - 1 words) / count(it)) bits, counted over all references. Matches
     are clipped at the largest count in any reference of the row. Lengths are compared as in mteval-v13a.pl: the
-    reference length is rows x (all reference tokens / all references). (The Python port in e2e-metrics adds
-    up the rows' means instead, and differs where rows have different numbers of references.)
+    reference length is rows x (all reference tokens / all references).
 
     Args:
         hypotheses: One generated text per row; an empty one is allowed and matches nothing.
         references: Per row its reference texts, at least one.
+        mean_length_by_row: Add up the rows' mean reference lengths instead, as the Python port in e2e-metrics does.
 
     Raises:
         DataError: There are no rows, the numbers of rows differ, or a row has no or an empty reference.
@@ -52,7 +55,7 @@ def corpus_nist(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
     rows = [[_tokens(text) for text in row] for row in references]
     information = _Information(tokens for row in rows for tokens in row)
     gains = tuple(_gain(output, rows, order, information) for order in _ORDERS)
-    penalty = _length_penalty(sum(map(len, output)), rows)
+    penalty = _length_penalty(sum(map(len, output)) / _reference_length(rows, mean_length_by_row))
     return NistScore(sum(gains) * penalty, gains, penalty)
 
 
@@ -87,9 +90,13 @@ def _gain(output: list[list[str]], rows: list[list[list[str]]], order: int, info
     return matched / total if total else 0.0
 
 
-def _length_penalty(output_length: int, rows: list[list[list[str]]]) -> float:
-    lengths = [len(tokens) for row in rows for tokens in row]
-    ratio = output_length / (len(rows) * sum(lengths) / len(lengths))
+def _reference_length(rows: list[list[list[str]]], mean_by_row: bool) -> float:
+    if mean_by_row:
+        return sum(fmean(map(len, row)) for row in rows)
+    return len(rows) * fmean(len(tokens) for row in rows for tokens in row)
+
+
+def _length_penalty(ratio: float) -> float:
     if ratio >= 1:
         return 1.0
     return math.exp(-_BETA * math.log(ratio) ** 2) if ratio > 0 else 0.0
