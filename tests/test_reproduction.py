@@ -458,3 +458,24 @@ def test_pages_of_nothing_or_damaged_files(tmp_path: Path) -> None:
     assert "is damaged (it has no settings or no scores)" in error_of(run("report", tmp_path))
     (tmp_path / "metrics.json").write_text("{")
     assert "delete it to run again" in error_of(run("report", tmp_path))
+
+
+def test_articles_are_cut_and_split_by_topic_as_in_the_paper(tmp_path: Path) -> None:
+    """A model whose context is shorter than the articles; sports are only tested, other news only trained on."""
+    urls = {"train": ("news/uk-1", "sport/2"), "dev": ("news/uk-1",), "test": ("news/3", "sport/4", "sport/5")}
+    corpus = tmp_path / "xsum"
+    corpus.mkdir()
+    for split, found in urls.items():
+        rows = [{"article": f"{url} " * 300, "summary": "A b.", "url": f"http://x/{url}"} for url in found]
+        (corpus / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bart = save_with_tokenizer(tiny_bart(), tmp_path / "bart")
+    command = ["reproduce", "xsum", "--recipe", "xsum-news-to-sports-bart-large-prefix", "--model", bart, "--steps", 1]
+    command += ["--option", "num_virtual_tokens=2", "--option", "hidden_size=4", "--task-folder", corpus]
+    result = run(*command, "--max-new-tokens", 11, "--output", tmp_path / "runs")
+    assert result.exit_code == 0, result.output
+    (metrics,) = results(tmp_path / "runs")
+    assert (metrics["training_pairs"], metrics["test_records"]) == (1, 2)
+
+
+def test_a_corpus_has_to_be_named(tmp_path: Path) -> None:
+    assert "give the corpus" in usage_error_of(run("reproduce", "e2e", "--output", tmp_path))

@@ -86,12 +86,16 @@ class Encoding:
         max_length: Most tokens per pair; None: what the model's context allows.
         skip_too_long: Leave out longer pairs instead of raising.
         target_template: Text around the target; None: none.
+        cut_source: Cut sources after so many tokens; None: never. Encoder-decoder models only.
+        cut_target: Cut targets likewise.
     """
 
     prompt_template: str | None = None
     max_length: int | None = None
     skip_too_long: bool = False
     target_template: str | None = None
+    cut_source: int | None = None
+    cut_target: int | None = None
 
     def for_base(self, base: Base, layout: Linearization | None) -> "Encoding":
         """Return this encoding with every template decided.
@@ -136,11 +140,25 @@ class Encoding:
                 f"{base.name.model!r} leaves beside {num_virtual_tokens} virtual tokens."
             )
         limit = self.max_length if self.max_length is not None else context
-        encoder = PairEncoder(
-            base.tokenizer, base.is_encoder_decoder, limit, self.prompt_template, self.target_template
-        )
-        encoded = encoder.encode_pairs(pairs, skip_too_long=self.skip_too_long)
+        encoded = self.encoder(base, limit).encode_pairs(pairs, skip_too_long=self.skip_too_long)
         return encoded, PairCollator(resolve_pad_token_id(base.tokenizer), base.is_encoder_decoder)
+
+    def encoder(self, base: Base, limit: int | None = None) -> PairEncoder:
+        """Return what encodes prompts and targets.
+
+        Args:
+            base: The base model.
+            limit: Most tokens per pair; None: any number.
+        """
+        return PairEncoder(
+            base.tokenizer,
+            base.is_encoder_decoder,
+            limit,
+            self.prompt_template,
+            self.target_template,
+            self.cut_source,
+            self.cut_target,
+        )
 
 
 def stop_string_for(pairs: Sequence[tuple[str, str]]) -> str | None:

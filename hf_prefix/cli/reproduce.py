@@ -4,7 +4,6 @@ import random
 import shlex
 import tomllib
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 
 from hf_prefix.cli import options
 from hf_prefix.cli.console import say
+from hf_prefix.cli.data import Corpus, choose_corpus, corpus_source
 from hf_prefix.cli.precision import Compute, choose_compute
 from hf_prefix.cli.reproduction_run import ReproductionRun, RunData
 from hf_prefix.cli.training_run import Command
@@ -20,7 +20,7 @@ from hf_prefix.errors import DataError
 from hf_prefix.reproduction.methods import FEW_SHOT, METHODS
 from hf_prefix.reproduction.recipe import Recipe, find_recipe, load_recipe, short_name
 from hf_prefix.reproduction.settings import Changes, RunSettings, run_settings
-from hf_prefix.tasks import load_task_folder, recognize_format, training_pairs
+from hf_prefix.tasks import recognize_format, training_pairs
 
 EXAMPLES = """Examples:
 
@@ -38,8 +38,7 @@ _RUNS, _UNLIKE = "Runs", "Unlike the recipe"
 
 def reproduce(
     context: typer.Context,
-    task: Annotated[str, typer.Argument(help="Task of the corpus folder: webnlg, e2e, dart or xsum.")],
-    task_folder: Annotated[Path, typer.Option("--task-folder", help="Folder of the corpus.")],
+    task: Annotated[str, typer.Argument(help="Task of the corpus: webnlg, e2e, dart or xsum.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all runs, one folder each.")],
     method: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(METHODS)}; may be repeated.", rich_help_panel=_RUNS)
@@ -48,6 +47,10 @@ def reproduce(
         str | None, typer.Option("--model", "-m", help="Base model (default: the recipe's).", rich_help_panel=_RUNS)
     ] = None,
     gguf_file: options.GgufFile = None,
+    task_folder: options.TaskFolder = None,
+    dataset: options.Dataset = None,
+    dataset_config: options.DatasetConfig = None,
+    dataset_revision: options.DatasetRevision = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="Name of a recipe, in place of the one of task, model and method.", rich_help_panel=_RUNS),
@@ -111,9 +114,12 @@ def reproduce(
     Each run has a folder of its own in OUTPUT, with its texts and metrics.json. A run that is complete is not run
     again; one that was interrupted, even killed, goes on from its last checkpoint, to the same result.
     """
-    task_format = recognize_format(task_folder)
-    if task_format.name != task:
-        raise typer.BadParameter(f"{task_folder} is a corpus of {task_format.name!r}, not of {task!r}.")
+    corpus = choose_corpus(task_folder, dataset, dataset_config, dataset_revision)
+    if corpus is None:
+        raise typer.BadParameter("give the corpus: --task-folder or --dataset.")
+    found = _task_of(corpus)
+    if found != task:
+        raise typer.BadParameter(f"{task_folder or dataset} is a corpus of {found!r}, not of {task!r}.")
     changes = Changes(
         _read_options(option or ()),
         steps,
@@ -146,7 +152,7 @@ def reproduce(
         for size, each, drawn in product(sizes, seed or chosen.seeds, draws)
     ]
     places = [str(place) for place in (task_folder, output, model) if place is not None]
-    _run_all(planned, task_folder, output, compute, save_steps, _without_places(Command.of(context).line, places))
+    _run_all(planned, corpus, output, compute, save_steps, _without_places(Command.of(context).line, places))
 
 
 def _recipes(task: str, methods: Sequence[str], model: str | None, name: str | None) -> list[Recipe]:
@@ -161,27 +167,28 @@ def _recipes(task: str, methods: Sequence[str], model: str | None, name: str | N
 
 
 def _run_all(
-    planned: Sequence[RunSettings], folder: Path, output: Path, compute: Compute, save_steps: int, command: str
+    planned: Sequence[RunSettings], corpus: Corpus, output: Path, compute: Compute, save_steps: int, command: str
 ) -> None:
     for settings in planned:
-        run = ReproductionRun(settings, _read(folder, settings), output, compute, save_steps, command)
+        run = ReproductionRun(settings, _read(corpus, settings), output, compute, save_steps, command)
         metrics = run.run()
         say("  ".join(f"{group} BLEU {scores['BLEU']:.2f}" for group, scores in metrics["scores"].items()))
     say(f"{len(planned)} runs are in {output}; make pages of them with: hf-prefix report {output}")
 
 
-def _read(folder: Path, settings: RunSettings) -> RunData:
-    read = partial(load_task_folder, folder, linearization=settings.linearization)
+def _task_of(corpus: Corpus) -> str:
+    return (recognize_format(corpus) if isinstance(corpus, Path) else corpus.opened.form.task_format).name
+
+
+def _read(corpus: Corpus, settings: RunSettings) -> RunData:
+    source = corpus_source(corpus, settings.test_splits, settings.linearization)
     # The same sample for all runs, so that they can be compared.
-    records = [
-        record for split in settings.test_splits for record in read(split, limit_entries=settings.limit, seed=0)
-    ]
-    pairs = training_pairs(read(settings.train_split))
+    records = source.read(settings.limit, seed=0)
+    pairs = training_pairs(corpus_source(corpus, [settings.train_split], settings.linearization).read())
     size = settings.train_size
     if settings.method == FEW_SHOT and size is None:
         size = int(settings.options["num_examples"])
-    layout = recognize_format(folder).linearization(settings.linearization)
-    return RunData(_drawn(pairs, size, settings.draw), records, layout)
+    return RunData(_drawn(pairs, size, settings.draw), records, source.layout)
 
 
 def _drawn(pairs: list[tuple[str, str]], size: int | None, seed: int) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ from hf_prefix.reproduction.recipe import Training
 from hf_prefix.reproduction.results import check_same, one_line, read_metrics, write_result
 from hf_prefix.reproduction.settings import RunSettings
 from hf_prefix.tasks import Linearization, Record
-from hf_prefix.training import PairEncoder, PrefixTrainer, generate_from_ids
+from hf_prefix.training import PrefixTrainer, generate_from_ids
 from hf_prefix.training.prompting import PromptedBaseline
 from hf_prefix.versions import package_versions
 
@@ -121,11 +121,13 @@ class ReproductionRun:
         return load_base(BaseModelName(self.settings.model, self.settings.gguf_file), dtype)
 
     def _encoding(self, base: Base) -> Encoding:
-        template = None if base.is_encoder_decoder else self.settings.prompt_template
-        return Encoding(prompt_template=template).for_base(base, self.data.layout)
+        settings = self.settings
+        template = None if base.is_encoder_decoder else settings.prompt_template
+        encoding = Encoding(template, cut_source=settings.cut_source, cut_target=settings.cut_target)
+        return encoding.for_base(base, self.data.layout)
 
     def _start(self, base: Base, encoding: Encoding) -> Start:
-        prompt = _encoder(base, encoding).encode_prompts([self.data.records[0].source])[0]
+        prompt = encoding.encoder(base).encode_prompts([self.data.records[0].source])[0]
         return Start(base.model, base.tokenizer, prompt[-1], self.settings.seed)
 
     def _train(self, base: Base, prepared: Prepared, encoding: Encoding, training: Training) -> FitResult:
@@ -172,7 +174,7 @@ class ReproductionRun:
             prompted = PromptedBaseline(examples=shown)
             prompts = prompted.encode(base.tokenizer, sources, is_encoder_decoder=base.is_encoder_decoder)
         else:
-            prompts = _encoder(base, encoding).encode_prompts(sources)
+            prompts = encoding.encoder(base).encode_prompts(sources)
         settings = self.settings.decoding
         if find_method(self.settings.method).decodes_alone and not base.is_encoder_decoder:
             settings = replace(settings, batch_size=1)
@@ -207,15 +209,6 @@ class ReproductionRun:
             "scores": {group: {"BLEU": round(one.score, 4)} for group, one in bleu.items()},
             "signatures": sorted(signatures),
         }
-
-
-def _encoder(base: Base, encoding: Encoding) -> PairEncoder:
-    return PairEncoder(
-        base.tokenizer,
-        base.is_encoder_decoder,
-        prompt_template=encoding.prompt_template,
-        target_template=encoding.target_template,
-    )
 
 
 def _trainable(prepared: Prepared) -> int:

@@ -64,6 +64,8 @@ class Recipe:
         decoding: How texts are decoded.
         linearization: How structured inputs are written; None: the task's default.
         prompt_template: Text around the source; None: that of the linearisation.
+        cut_source: Sources are cut after so many tokens, in encoder-decoder models; None: never.
+        cut_target: Targets likewise.
         train_split: Split that is trained on.
         test_splits: Splits that are scored.
         steps_by_size: Steps by number of training examples (Table 8).
@@ -83,6 +85,8 @@ class Recipe:
     decoding: DecodingSettings = field(default_factory=DecodingSettings)
     linearization: str | None = None
     prompt_template: str | None = None
+    cut_source: int | None = None
+    cut_target: int | None = None
     train_split: str = "train"
     test_splits: tuple[str, ...] = ("test",)
     steps_by_size: Mapping[str, int] = field(default_factory=dict)

@@ -30,6 +30,8 @@ class RunSettings:
         decoding: How texts are decoded.
         linearization: How structured inputs are written; None: the task's default.
         prompt_template: Text around the source; None: that of the linearisation.
+        cut_source: Sources are cut after so many tokens; None: never.
+        cut_target: Targets likewise.
         train_split: Split that is trained on.
         test_splits: Splits that are scored.
         train_size: Number of training pairs, drawn at random; None: all.
@@ -49,6 +51,8 @@ class RunSettings:
     decoding: DecodingSettings
     linearization: str | None
     prompt_template: str | None
+    cut_source: int | None
+    cut_target: int | None
     train_split: str
     test_splits: tuple[str, ...]
     train_size: int | None
@@ -191,6 +195,8 @@ def run_settings(
         changes.decoding(recipe),
         recipe.linearization,
         recipe.prompt_template,
+        recipe.cut_source,
+        recipe.cut_target,
         recipe.train_split,
         splits or recipe.test_splits,
         train_size,
