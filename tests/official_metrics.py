@@ -23,6 +23,14 @@ from hf_prefix.metrics.ptb import ptb_tokens
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "metrics"
 GROUPS = ("all", "seen", "unseen")
+_TER_LEFT = {
+    "BART-large": 6e-5,
+    "GKB_Unimelb": 2.2e-4,
+    "PKUWriter": 1.2e-3,
+    "Tilburg_University-1": 5e-5,
+    "Tilburg_University-3": 7e-4,
+}
+"""What is left between tercom's search and ours; most on outputs that repeat themselves."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +139,8 @@ def _webnlg(system: str, group: str, official: dict[str, float]) -> Iterator[Com
 
     yield Comparison("webnlg2017", f"BLEU {group}", system, official["BLEU"], bleu, 1e-10)
     yield Comparison("webnlg2017", f"METEOR {group}", system, official["METEOR"], meteor, 1e-12, slow=True)
-    slow = (system, group) not in (("Tilburg_University-1", "unseen"), ("PKUWriter", "unseen"))
-    yield Comparison("webnlg2017", f"TER {group}", system, official["TER"], ter, 1.2e-3, slow)
+    slow = (system, group) != ("Tilburg_University-1", "unseen")
+    yield Comparison("webnlg2017", f"TER {group}", system, official["TER"], ter, _TER_LEFT[system], slow)
 
 
 def _generation_eval(system: str, official: dict[str, float]) -> Iterator[Comparison]:
@@ -162,7 +170,7 @@ def _dart(system: str, official: dict[str, float]) -> Iterator[Comparison]:
 
     yield Comparison("dart", "BLEU", system, official["BLEU"], bleu, 1e-10)
     yield Comparison("dart", "METEOR", system, official["METEOR"], meteor, 1e-12, slow=True)
-    yield Comparison("dart", "TER", system, official["TER"], ter, 1.2e-3, slow=True)
+    yield Comparison("dart", "TER", system, official["TER"], ter, 2.1e-4, slow=True)
 
 
 def _xsum(system: str, official: dict[str, float]) -> Iterator[Comparison]:
@@ -173,6 +181,6 @@ def _xsum(system: str, official: dict[str, float]) -> Iterator[Comparison]:
     def rouge() -> RougeScore:
         return corpus_rouge(texts, references, stem=False)
 
-    yield Comparison("xsum_rouge155", "ROUGE-1", system, official["ROUGE-1 F"], lambda: rouge().rouge1, 2e-4)
-    yield Comparison("xsum_rouge155", "ROUGE-2", system, official["ROUGE-2 F"], lambda: rouge().rouge2, 2e-4)
-    yield Comparison("xsum_rouge155", "ROUGE-L", system, official["ROUGE-L F"], lambda: rouge().rouge_l, 2e-4)
+    yield Comparison("xsum_rouge155", "ROUGE-1", system, official["ROUGE-1 F"], lambda: rouge().rouge1, 1.6e-4)
+    yield Comparison("xsum_rouge155", "ROUGE-2", system, official["ROUGE-2 F"], lambda: rouge().rouge2, 7e-5)
+    yield Comparison("xsum_rouge155", "ROUGE-L", system, official["ROUGE-L F"], lambda: rouge().rouge_l, 7e-5)

@@ -18,7 +18,7 @@ def row(comparison: Comparison) -> str:
     ours = comparison.ours()
     return (
         f"| {comparison.task} | {comparison.metric} | {comparison.system} | {comparison.official:.6f} | {ours:.6f} "
-        f"| {ours - comparison.official:+.1e} | {comparison.tolerance:.0e} |\n"
+        f"| {ours - comparison.official:+.1e} | {comparison.tolerance:.1e} |\n"
     )
 
 
