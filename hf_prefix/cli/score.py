@@ -14,6 +14,7 @@ from hf_prefix.cli.data import read_text
 from hf_prefix.cli.scoring import ALL
 from hf_prefix.errors import DataError
 from hf_prefix.metrics import Score, score_task
+from hf_prefix.metrics.bertscore import bert_score
 from hf_prefix.tasks import DART, E2E, WEBNLG, XSUM, TaskFormat
 from hf_prefix.tasks.rows import iterate_rows
 
@@ -49,9 +50,17 @@ def score(
         list[Path],
         typer.Option(help="File of the corpus' test split (.jsonl, .jsonl.gz), in the same order; may be repeated."),
     ],
+    bertscore_model: Annotated[
+        str | None, typer.Option(help="Also compute BERTScore with this encoder, a folder or a Hub name.")
+    ] = None,
+    bertscore_layer: Annotated[
+        int | None, typer.Option(min=0, help="Its layer; 17 of roberta-large in the authors' code.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
 ) -> None:
     """Score a file of generated texts by the metrics of a task's official script (docs/metrics.md)."""
+    if (bertscore_model is None) != (bertscore_layer is None):
+        raise typer.BadParameter("give both --bertscore-model and --bertscore-layer, or none of them.")
     texts = read_predictions(predictions)
     targets = read_references(task, references)
     if len(texts) != len(targets):
@@ -63,8 +72,11 @@ def score(
     scores = {}
     with progress_bar("Scoring", total=len(groups)) as bar:
         for name, members in groups.items():
-            chosen = [texts[row] for row in members]
-            scores[name] = score_task(task, chosen, [targets[row].texts for row in members])
+            chosen, right = [texts[row] for row in members], [targets[row].texts for row in members]
+            scores[name] = score_task(task, chosen, right)
+            if bertscore_model is not None and bertscore_layer is not None:
+                bertscore = bert_score(chosen, right, bertscore_model, layer=bertscore_layer)
+                scores[name].append(Score("BERTScore F1", bertscore.f1, note=bertscore.signature))
             bar.advance()
     _print_table(scores, f"{task}, {len(texts)} texts")
     if json_file is not None:
