@@ -20,12 +20,21 @@ from hf_prefix.reproduction.figures import AXES, _lines, _points
 from hf_prefix.reproduction.methods import METHODS, Start, prepare
 from hf_prefix.reproduction.recipe import find_recipe, load_recipe, parse_recipe, recipe_names
 from hf_prefix.reproduction.results import read_results, write_result
+from hf_prefix.reproduction.scores import score_records
 from hf_prefix.reproduction.summary import summarize
+from hf_prefix.tasks import Record
 from hf_prefix.training import PAPER_RECIPES, DecodingSettings
 from tiny_model import save_with_tokenizer, tiny_bart, tiny_gpt2, tiny_llama, tiny_tokenizer
 from upstream import RELEASE
 
 pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as on a machine without Java: METEOR has tests of its own, and each start takes seconds."""
+    monkeypatch.setenv("PATH", "")
+
 
 QUICK = ["--steps", 2, "--max-new-tokens", 2, "--seed", 0, "--train-size", 4, "--batch-size", 2]
 TRIPLES = [
@@ -157,6 +166,8 @@ def test_every_method_runs(method: str, llama: Path, webnlg: Path, tmp_path: Pat
     assert result.exit_code == 0, result.output
     (metrics,) = results(tmp_path)
     assert set(metrics["scores"]) == {"all", "seen", "unseen"}
+    assert set(metrics["scores"]["seen"]) == {"BLEU", "BLEU, clean", "TER", "chrF++"}
+    assert "no java on the path" in metrics["notes"]["METEOR"]
     assert metrics["settings"]["method"] == method
     assert metrics["settings"]["seed"] == 0
     assert len((tmp_path / next(tmp_path.iterdir()).name / "predictions.txt").read_text().splitlines()) == 4
@@ -479,3 +490,19 @@ def test_articles_are_cut_and_split_by_topic_as_in_the_paper(tmp_path: Path) -> 
 
 def test_a_corpus_has_to_be_named(tmp_path: Path) -> None:
     assert "give the corpus" in usage_error_of(run("reproduce", "e2e", "--output", tmp_path))
+
+
+def test_scores_are_on_the_scale_of_the_paper() -> None:
+    """Of a perfect text, and of the groups of one that is right in one of them only."""
+    right = Record("x", ("The Aromi is a pub in the city centre.",), "seen")
+    scores = score_records("e2e", [right.references[0]], [right])
+    assert scores.by_group["all"]["BLEU"] == 100
+    assert scores.by_group["all"]["ROUGE-L"] == 100
+    assert set(load_recipe("e2e-gpt2-medium-prefix").paper["all"]) <= {*scores.by_group["all"], "METEOR"}
+    wrong = Record("y", ("Bolo serves soup.",), "unseen")
+    groups = score_records("webnlg", [right.references[0]] * 2, [right, wrong]).by_group
+    assert (groups["seen"]["BLEU"], groups["seen"]["TER"]) == (100, 0)
+    assert groups["unseen"]["BLEU"] < groups["all"]["BLEU"] < 100
+    assert set(load_recipe("webnlg-gpt2-medium-prefix").paper["all"]) <= {*groups["all"], "METEOR"}
+    summaries = score_records("xsum", [right.references[0]], [right]).by_group["all"]
+    assert summaries == dict.fromkeys(load_recipe("xsum-bart-large-prefix").paper["all"], 100)

@@ -19,6 +19,7 @@ from hf_prefix.cli.training_run import Command
 from hf_prefix.errors import DataError
 from hf_prefix.reproduction.methods import FEW_SHOT, METHODS
 from hf_prefix.reproduction.recipe import Recipe, find_recipe, load_recipe, short_name
+from hf_prefix.reproduction.scores import check_metrics
 from hf_prefix.reproduction.settings import Changes, RunSettings, run_settings
 from hf_prefix.tasks import recognize_format, training_pairs
 
@@ -169,10 +170,12 @@ def _recipes(task: str, methods: Sequence[str], model: str | None, name: str | N
 def _run_all(
     planned: Sequence[RunSettings], corpus: Corpus, output: Path, compute: Compute, save_steps: int, command: str
 ) -> None:
+    check_metrics(planned[0].task)
     for settings in planned:
         run = ReproductionRun(settings, _read(corpus, settings), output, compute, save_steps, command)
         metrics = run.run()
-        say("  ".join(f"{group} BLEU {scores['BLEU']:.2f}" for group, scores in metrics["scores"].items()))
+        for group, scores in metrics["scores"].items():
+            say(f"{group}: " + "  ".join(f"{metric} {value:.2f}" for metric, value in scores.items()))
     say(f"{len(planned)} runs are in {output}; make pages of them with: hf-prefix report {output}")
 
 

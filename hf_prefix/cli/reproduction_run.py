@@ -20,11 +20,11 @@ from hf_prefix.cli.fitting import FitSettings, Saving, TrainingData, fit_model
 from hf_prefix.cli.loading import Base, BaseModelName, load_base
 from hf_prefix.cli.outcome import FitResult
 from hf_prefix.cli.precision import Compute
-from hf_prefix.cli.scoring import score
 from hf_prefix.cli.training_run import INTERRUPTED
 from hf_prefix.reproduction.methods import FEW_SHOT, Prepared, Start, find_method, prepare
 from hf_prefix.reproduction.recipe import Training
 from hf_prefix.reproduction.results import check_same, one_line, read_metrics, write_result
+from hf_prefix.reproduction.scores import score_records
 from hf_prefix.reproduction.settings import RunSettings
 from hf_prefix.tasks import Linearization, Record
 from hf_prefix.training import PrefixTrainer, generate_from_ids
@@ -203,12 +203,8 @@ class ReproductionRun:
         }
 
     def _scores(self, predictions: list[str]) -> dict[str, Any]:
-        bleu = score(self.settings.method, predictions, self.data.records).bleu
-        signatures = {one.signature for one in bleu.values()}
-        return {
-            "scores": {group: {"BLEU": round(one.score, 4)} for group, one in bleu.items()},
-            "signatures": sorted(signatures),
-        }
+        found = score_records(self.settings.task, predictions, self.data.records)
+        return {"scores": found.by_group, "notes": found.notes}
 
 
 def _trainable(prepared: Prepared) -> int:
