@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_garbage_collection")
 
 COMMANDS = ["quickstart", "train", "distill", "generate", "evaluate", "inspect"]
 COMMANDS += ["concatenate", "average", "truncate", "select-layers"]
-COMMANDS += ["convert", "export", "push", "pull", "reproduce", "report"]
+COMMANDS += ["convert", "export", "push", "pull", "reproduce", "report", "score"]
 
 
 @pytest.fixture(scope="module")
