@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
@@ -75,7 +74,10 @@ def save_prefixes(model: PeftModel, count: int, root: Path) -> dict[str, str]:
         generator = torch.Generator().manual_seed(index)
         noise = {name: torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
         save_file({name: value + 0.1 * noise[name] for name, value in tensors.items()}, folder / WEIGHTS)
-        shutil.copy(first / CONFIG, folder / CONFIG)
+        options = json.loads((first / CONFIG).read_text(encoding="utf-8"))
+        # The digest of the other weights.
+        del options["weights_sha256"]
+        (folder / CONFIG).write_text(json.dumps(options), encoding="utf-8")
         folders[folder.name] = str(folder)
     return folders
 

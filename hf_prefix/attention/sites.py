@@ -172,7 +172,8 @@ class AttentionSite:
         told = self.has_relative_positions or self.mask_slopes is not None or self.hides_with_true
         shared = bool(self.readers) or len(self.places) > 1 or self.mask_argument == MERGED_MASK_ARGUMENT
         parts = (selecting_module, compressing_module, window_buffer)
-        return not (told or shared or self.needs_cache or any(part(self.module) is not None for part in parts))
+        selects = any(part(self.module) is not None for part in parts) or _branches_on_backend(type(self.module))
+        return not (told or shared or selects or self.needs_cache)
 
     @property
     def model_size(self) -> int:
@@ -360,6 +361,25 @@ def registered_attention(module: nn.Module) -> Callable[..., Any] | None:
     table = inspect.unwrap(type(module).forward).__globals__.get("ALL_ATTENTION_FUNCTIONS", {})
     found: Callable[..., Any] | None = table.get(attention_backend(module))
     return found if found is sdpa_attention_forward or found is flex_attention_forward else None
+
+
+def _branches_on_backend(kind: type[nn.Module]) -> bool:
+    """Whether attention does other things by the name of its implementation than looking up a function.
+
+    DeepSeek V3.2 and its kin make another mask for SDPA than for others; by another name they would not.
+    """
+    if kind not in _BRANCHING:
+        try:
+            source = inspect.getsource(inspect.unwrap(kind.forward))
+        except OSError:
+            # Not known is not safe.
+            return True
+        asking = [line for line in source.splitlines() if "_attn_implementation" in line]
+        _BRANCHING[kind] = any(word in line for line in asking for word in ("sdpa", "flex", "flash"))
+    return _BRANCHING[kind]
+
+
+_BRANCHING: dict[type[nn.Module], bool] = {}
 
 
 def asks_for_more_than_scores(arguments: dict[str, Any]) -> bool:
