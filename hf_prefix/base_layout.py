@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from hf_prefix.attention.discovery import find_sites
+from hf_prefix.attention.exceptions import cache_differs
 from hf_prefix.attention.sites import AttentionSite, sliding_window
 from hf_prefix.attention.tuner_layer import prefixes_off
 from hf_prefix.base_model import looked_at
@@ -48,6 +49,7 @@ def base_layout(base_model: str | Path | PreTrainedModel, **arguments: Any) -> B
         has_relative_positions=any(site.has_relative_positions for site in found if site.role == "decoder"),
         sites=tuple(_site(site, by_role[site.role], model) for site in found),
         fingerprint=fingerprint(model, modules, {role: len(sites) for role, sites in by_role.items()}),
+        cache_differs=cache_differs(model),
     )
 
 

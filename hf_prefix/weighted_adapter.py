@@ -6,12 +6,12 @@ from typing import Literal, get_args
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from hf_prefix.attention.sharding import check_undivided
 from hf_prefix.attention.tuner_layer import CHILD_NAME, prefix_layers
 from hf_prefix.config import PrefixConfig
+from hf_prefix.direct_attachment import DirectAttachment
 from hf_prefix.errors import PrefixError
 from hf_prefix.operations import layers_with, shared_parts
 from hf_prefix.prefix.encoders import PrefixEncoder
@@ -23,7 +23,11 @@ CombinationType = Literal["linear", "cat"]
 
 
 def add_weighted_adapter(
-    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    tuner: DirectAttachment,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
 ) -> None:
     """Attach what some prefixes of a model add up to, as plain keys and values; see `PrefixModel`."""
     check_undivided(tuner.model)
@@ -39,7 +43,8 @@ def add_weighted_adapter(
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
     except Exception:
-        del tuner.peft_config[adapter_name]
+        # Some attention modules may have their part already.
+        tuner.detach_inactive(adapter_name)
         raise
     for name, encoder in _encoders(tuner.model, adapter_name).items():
         prefix = combined.key_values[name]

@@ -39,6 +39,8 @@ from hf_prefix.prefix.key_value import KeyValuePrefix
 from hf_prefix.sharing import SavedPrefix
 from hf_prefix.sharing.interop.prefix_file import write_prefix_file
 from upstream import CACHE
+from zoo import build as build_zoo
+from zoo import entries
 
 # PEFT 0.21.2 calls the cache by the name that transformers 5.24 replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
@@ -484,20 +486,9 @@ def test_encoders_that_tell_no_place_in_a_cache_are_counted(tmp_path: Path) -> N
 def test_a_model_whose_cache_differs_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "peft"
     PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3).save_pretrained(folder)
-    config = transformers.FSMTConfig(
-        langs=["en", "de"],
-        src_vocab_size=97,
-        tgt_vocab_size=97,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-    )
+    (entry,) = [entry for entry in entries() if entry.name == "seq2seq-fsmt"]
     with pytest.raises(ConversionError, match="is for 'fsmt', whose own cache"):
-        read_foreign(folder, transformers.FSMTForConditionalGeneration(config).eval())
+        read_foreign(folder, build_zoo(entry))
 
 
 def test_attention_in_some_layers_only_is_refused(tmp_path: Path) -> None:

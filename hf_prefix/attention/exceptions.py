@@ -98,6 +98,14 @@ def unlike_plain_attention(module: nn.Module) -> str | None:
     return None
 
 
+def cache_differs(model: PreTrainedModel) -> bool:
+    """Whether a model's cache does not give the logits of a plain forward pass, with or without a prefix.
+
+    Seen in FSMT (transformers 5.23; docs/architectures.md).
+    """
+    return bool(model.config.model_type == "fsmt")
+
+
 def needs_token_ids(stack: nn.Module) -> bool:
     """Whether layers of a model need the ids of tokens beside their input embeddings.
 

@@ -7,13 +7,13 @@ In both y comes P further on, and that jump tells attention where y begins.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from hf_prefix.attention.masks import Extent, show_prefix_to
+from hf_prefix.attention.masks import Extent, all_visible, show_prefix_to
 from hf_prefix.attention.placement import CPU, device_of, has_weights
 from hf_prefix.attention.positions import cached_length, check_room, default_positions, positions_module
 from hf_prefix.attention.recording import recording
@@ -188,7 +188,10 @@ def show_infix(
         return mask
     jumps = positions.diff(dim=-1) > prefix_length
     follows = nn.functional.pad(jumps.cumsum(dim=-1) > 0, (1, 0), value=False)
-    return show_prefix_to(follows[:, None, :, None], mask, prefix_length, extent)
+    if mask is None:
+        # No block mask: FlexAttention is refused above.
+        mask = cast(Tensor, all_visible(module, len(positions), prefix_length, extent))
+    return show_prefix_to(follows[:, None, :, None], mask, prefix_length)
 
 
 def _checked_cache(arguments: dict[str, Any]) -> Cache | None:

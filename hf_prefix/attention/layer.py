@@ -73,6 +73,7 @@ class PrefixLayer(PrefixTunerLayer):
         self._stack = (site.stack,)
         self._prepared = PreparedPrefixes(self._named_encoders, self._mixed_rows, self._may_learn)
         self._order: Tensor | None = None
+        self._looked_at: tuple[Rows | None, Rows | None] = (None, None)
         self._visibility = Visibility(site, call, self._scrolls, self._is_infix, self._missing)
         self._bias = PositionBias(site, self._length)
         self._shared_keys = SharedKeys(site, self._visibility, self._length, self._learns)
@@ -180,8 +181,11 @@ class PrefixLayer(PrefixTunerLayer):
         rows = self.call.rows
         if rows is None or self.disable_adapters:
             return None
-        different = {name if name in self.hf_prefix_encoder else WITHOUT_PREFIX for name in rows}
-        return rows if len(different) > 1 else None
+        if self._looked_at[0] is not rows:
+            # Asked several times in a call; each pass has a tuple of its own.
+            different = {name if name in self.hf_prefix_encoder else WITHOUT_PREFIX for name in rows}
+            self._looked_at = rows, rows if len(different) > 1 else None
+        return self._looked_at[1]
 
     def _count_prefixes(self) -> int:
         rows = self._mixed_rows()

@@ -208,18 +208,17 @@ def causal_mask(prefix_length: int, extent: Extent, device: torch.device) -> Ten
 
 
 def scroll_out(
-    mask: Any, positions: Tensor, prefix_length: int, window: int, extent: Extent, missing: Tensor | None = None
+    mask: Tensor | BlockMask, positions: Tensor, prefix_length: int, window: int, missing: Tensor | None
 ) -> Tensor | BlockMask:
     """Return the mask with the prefix tokens hidden that a sliding window has left behind.
 
     FlashAttention needs none of this: it cuts the window itself, and the prefix with it.
 
     Args:
-        mask: [batch or 1, heads or 1, query, P + key] with visible prefix columns; None means all visible.
+        mask: [batch or 1, heads or 1, query, P + key] with visible prefix columns.
         positions: Position of each query, prefix included [batch or 1, query].
         prefix_length: Number of virtual tokens P.
         window: A query at position q sees the keys at positions above q - window.
-        extent: The tokens of this call.
         missing: How many of the P columns are no tokens of the row's prefix [batch]; None where all are.
     """
     starts = None if missing is None else missing.to(positions.device)
@@ -228,32 +227,33 @@ def scroll_out(
     places = torch.arange(prefix_length, device=positions.device)
     places = places[None] if starts is None else places - starts[:, None]
     inside = positions[:, None, :, None] - places[:, None, None] < window
-    return show_prefix_to(inside, mask, prefix_length, extent)
+    return show_prefix_to(inside, mask, prefix_length)
 
 
-def hide_front(mask: Any, missing: Tensor, module: nn.Module, prefix_length: int, extent: Extent) -> Any:
+def hide_front(mask: Tensor | BlockMask, missing: Tensor, prefix_length: int) -> Tensor | BlockMask:
     """Return the mask with the columns hidden that are filled up in front of the shorter prefixes of a batch.
 
     Args:
-        mask: Any form that `prepend_visible` knows, with visible prefix columns; None means all visible.
+        mask: Any form that `prepend_visible` knows, with visible prefix columns.
         missing: How many columns in front of each row are no tokens of its prefix [batch].
-        module: The attention module.
         prefix_length: Length P of the longest prefix.
-        extent: The tokens of this call.
     """
     if isinstance(mask, BlockMask):
         return hide_front_blocks(mask, missing, prefix_length)
-    if mask is None:
-        mask = _all_visible(module, len(missing), prefix_length, extent)
-        if isinstance(mask, BlockMask):
-            return hide_front_blocks(mask, missing, prefix_length)
     shape = (-1, *[1] * (mask.dim() - 2), prefix_length)
     shown = (torch.arange(prefix_length, device=missing.device) >= missing[:, None]).view(shape)
-    return _show_columns(shown, mask, prefix_length)
+    return show_prefix_to(shown, mask, prefix_length)
 
 
-def _all_visible(module: nn.Module, rows: int, prefix_length: int, extent: Extent) -> Tensor | BlockMask:
-    """Return what "no mask" means to an attention implementation, as a mask of the kind that it takes."""
+def all_visible(module: nn.Module, rows: int, prefix_length: int, extent: Extent) -> Tensor | BlockMask:
+    """Return what "no mask" means to an attention implementation, as a mask of the kind that it takes.
+
+    Args:
+        module: The attention module.
+        rows: Number of rows in the batch.
+        prefix_length: Number of virtual tokens.
+        extent: The tokens of this call.
+    """
     keys, backend = prefix_length + extent.key_length, attention_backend(module)
     if backend == "flex_attention":
         return all_visible_blocks(extent.query_length, keys, extent.device)
@@ -267,23 +267,14 @@ def _all_visible(module: nn.Module, rows: int, prefix_length: int, extent: Exten
     return torch.ones(1, heads, queries, keys, dtype=torch.bool, device=extent.device)
 
 
-def show_prefix_to(visible: Tensor, mask: Tensor | None, prefix_length: int, extent: Extent) -> Tensor:
+def show_prefix_to(visible: Tensor, mask: Tensor, prefix_length: int) -> Tensor:
     """Return the mask with the prefix hidden from some queries.
 
     Args:
-        visible: Which queries see which part of the prefix [batch or 1, 1, query, P or 1].
-        mask: [batch or 1, heads or 1, query, P + key] with visible prefix columns; None means all visible.
+        visible: Which queries see which part of the prefix [batch or 1, ..., P or 1].
+        mask: Boolean or additive [batch or 1, ..., P + key] with visible prefix columns.
         prefix_length: Number of virtual tokens P.
-        extent: The tokens of this call.
     """
-    if mask is None:
-        shape = (1, 1, extent.query_length, prefix_length + extent.key_length)
-        mask = torch.ones(shape, dtype=torch.bool, device=visible.device)
-    return _show_columns(visible, mask, prefix_length)
-
-
-def _show_columns(visible: Tensor, mask: Tensor, prefix_length: int) -> Tensor:
-    """Return a mask [row, ..., P + key] with the prefix hidden where `visible` [row, ..., P] is false."""
     hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
     mask = mask.expand(max(mask.shape[0], visible.shape[0]), *mask.shape[1:])
     prefix = mask[..., :prefix_length].masked_fill(~visible.to(mask.device), hidden)

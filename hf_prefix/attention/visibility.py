@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_prefix.attention.infix import show_infix
 from hf_prefix.attention.masks import (
     Extent,
+    all_visible,
     causal_mask,
     check_backend,
     check_source_mask,
@@ -116,11 +117,12 @@ class Visibility:
         extent: Extent,
     ) -> Any:
         """Hide what is filled up in front of the shorter prefixes."""
-        if self._cross_attention:
-            extent = replace(extent, key_length=source_length(module, arguments))
-        if self._hides_with_true and isinstance(mask, Tensor) and mask.dtype == torch.bool:
-            return ~hide_front(~mask, missing, module, prefix_length, extent)
-        return hide_front(mask, missing, module, prefix_length, extent)
+        if mask is None:
+            keys = source_length(module, arguments) if self._cross_attention else extent.key_length
+            mask = all_visible(module, len(missing), prefix_length, replace(extent, key_length=keys))
+        elif self._hides_with_true and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            return ~cast(Tensor, hide_front(~mask, missing, prefix_length))
+        return hide_front(mask, missing, prefix_length)
 
     def _with_window(
         self, module: nn.Module, mask: Any, arguments: Arguments, prefix_length: int, extent: Extent
@@ -140,4 +142,6 @@ class Visibility:
                 f"{type(module).__name__} is not told the positions of its tokens, so the prefix cannot scroll out "
                 "of its sliding window; use sliding_window='pin'."
             )
-        return scroll_out(mask, positions, prefix_length, window, extent, self._missing(extent.device))
+        if mask is None:
+            mask = all_visible(module, len(positions), prefix_length, extent)
+        return scroll_out(mask, positions, prefix_length, window, self._missing(extent.device))

@@ -74,7 +74,7 @@ def _e2e(hypotheses: Texts, references: References) -> list[Score]:
     return [
         Score("BLEU", corpus_bleu(hypotheses, references, lowercase=True).score / 100),
         Score("NIST", corpus_nist(hypotheses, references).score),
-        Score("NIST, Python port", port, note="the script's option -p; mteval-v13a's is the published figure"),
+        Score("NIST, Python port", port, note="of the script's Python port; mteval-v13a's is the published figure"),
         _meteor(_each(_ptb_form, hypotheses), _each_row(_ptb_form, references)),
         Score("ROUGE-L", rouge_l(hypotheses, references).score),
         Score("CIDEr", cider(hypotheses, references).score),

@@ -39,6 +39,7 @@ class BaseLayout:
         has_relative_positions: Whether its decoder is told distances of tokens and not their positions.
         sites: Every attention module that can carry a prefix.
         fingerprint: What a prefix depends on in the model.
+        cache_differs: Whether its cache does not give the logits of a plain forward pass, with or without a prefix.
     """
 
     name: str | None
@@ -46,6 +47,7 @@ class BaseLayout:
     has_relative_positions: bool
     sites: tuple[BaseSite, ...]
     fingerprint: BaseFingerprint
+    cache_differs: bool = False
 
     def of_role(self, role: Role) -> list[BaseSite]:
         """Return the attention modules of a role by layer."""

@@ -24,8 +24,6 @@ from hf_prefix.sharing.saved_prefix import SavedPrefix
 CONFIG_FILE = "adapter_config.json"
 PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
 _PROMPT = "prompt_embeddings"
-_DIFFERS = ("fsmt",)
-"""Types of models whose cache differs from their forward pass, with or without a prefix (docs/architectures.md)."""
 _TASKS = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}
 """PEFT's tasks that generate text, and whether their models have an encoder."""
 
@@ -49,7 +47,7 @@ def read_peft(folder: Path, base: BaseLayout) -> SavedPrefix:
     path = folder / CONFIG_FILE
     settings = read_json(path)
     _check_task(settings, base, path)
-    if base.fingerprint["architecture"] in _DIFFERS:
+    if base.cache_differs:
         raise ConversionError(
             f"{path} is for {base.fingerprint['architecture']!r}, whose own cache, where PEFT puts a prefix, does not "
             "give the logits of a plain forward pass; train a prefix of hf_prefix for it."
